@@ -1,0 +1,33 @@
+"""``pacl-scale <verb>``: the same as ``python -m pacl_scale.<verb>``."""
+
+import importlib
+import sys
+
+from pacl_scale.errors import UserError, run_command
+
+VERBS = {
+    "train": "train the vision embedder on image-caption pairs",
+    "cache": "encode every picture once and keep its patch tokens beside the tars",
+    "evaluate": "zero-shot segmentation and retrieval of a checkpoint",
+    "segment": "one picture and some words in, masks out",
+    "quickstart": "the whole pipeline on this machine (what `make demo` runs)",
+}
+
+
+def main() -> int:
+    """Entry point of the console script; returns the exit status."""
+    words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: pacl-scale VERB [--help] ...\n\n" + "\n".join(f"  {v:<12}{VERBS[v]}" for v in VERBS))
+        return 0
+    return run_command(lambda: _run(words[0], words[1:]))
+
+
+def _run(verb: str, words: list[str]) -> int:
+    if verb not in VERBS:
+        raise UserError(f"there is no verb {verb!r}; the verbs are {', '.join(VERBS)}")
+    return importlib.import_module(f"pacl_scale.{verb}").main(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

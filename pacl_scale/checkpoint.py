@@ -1,0 +1,145 @@
+"""Checkpoints: two safetensors and a side-car that a human can read, whole or not there at all.
+
+``<folder>/<step>/model.safetensors``      float32 master weights of the trainable part, by parameter name
+``<folder>/<step>/optimizer.safetensors``  AdamW's moments, ``exp_avg/<name>`` and ``exp_avg_sq/<name>``
+``<folder>/<step>/state.json``             step, data position, configuration, revision, checksums
+
+The side-car is written last: a folder without it is a save that was cut short, and is passed over. A folder whose
+checksums do not match is passed over as well, aloud. Folders may lie on any fsspec URL.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from pacl_scale import storage
+from pacl_scale.errors import UserError
+from pacl_scale.log import get_logger
+
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+VERSION = 1
+log = get_logger("pacl_scale.checkpoint")
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save, where, and how many to keep."""
+
+    every_steps: int = 500
+    """Save after every so many steps (and always after the last)."""
+
+    keep_last: int = 3
+    """Newest checkpoints to keep; older ones are deleted after a successful save."""
+
+    folder: str | None = None
+    """Where checkpoints lie: a path or any fsspec URL; null is <run>/checkpoints."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1 or self.keep_last < 1:
+            raise ValueError("checkpoint.every_steps and checkpoint.keep_last must be at least 1")
+
+
+def save(folder: str, step: int, state: dict[str, dict[str, Tensor]], info: dict[str, Any], keep_last: int) -> str:
+    """Write one checkpoint and delete those older than the ``keep_last`` newest; one rank calls it.
+
+    Args:
+        folder: where checkpoints lie.
+        step: optimizer steps taken.
+        state: as ``engine.gather_state`` returns it: ``{"master", "exp_avg", "exp_avg_sq"} -> name -> tensor``.
+        info: what the side-car says besides step and checksums; plain JSON.
+
+    Returns:
+        The URL of the checkpoint.
+    """
+    target = storage.join(folder, f"{step:08d}")
+    moments = {f"{part}/{name}": t for part in state if part != "master" for name, t in state[part].items()}
+    contents = {MODEL: save_safetensors(state["master"]), OPTIMIZER: save_safetensors(moments)}
+    for name, content in contents.items():
+        storage.write_bytes(storage.join(target, name), content)
+    sidecar = {"version": VERSION, "step": step, **info}
+    sidecar["sha256"] = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    storage.write_bytes(storage.join(target, STATE), json.dumps(sidecar, indent=2).encode())
+    for old in steps_in(folder)[:-keep_last]:
+        storage.remove(storage.join(folder, f"{old:08d}"))
+    return target
+
+
+def load(path: str) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """Side-car and full state of the checkpoint at ``path``, checked.
+
+    Raises:
+        UserError: not a checkpoint, or damaged.
+    """
+    info = read_state(path)
+    state: dict[str, dict[str, Tensor]] = {"master": load_safetensors(_checked(path, MODEL, info))}
+    for key, tensor in load_safetensors(_checked(path, OPTIMIZER, info)).items():
+        part, _, name = key.partition("/")
+        state.setdefault(part, {})[name] = tensor
+    return info, state
+
+
+def steps_in(folder: str) -> list[int]:
+    """Steps of the finished checkpoints in ``folder``, ascending; empty where there is no such folder."""
+    files, path = storage.filesystem(folder)
+    with storage.explained(folder):
+        if not files.exists(path):
+            return []
+        names = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in files.ls(path, detail=False, refresh=True)]
+        return sorted(int(n) for n in names if n.isdecimal() and files.exists(f"{path}/{n}/{STATE}"))
+
+
+def newest(folder: str) -> str | None:
+    """URL of the newest checkpoint in ``folder`` that is whole; damaged ones are named and passed over."""
+    for step in reversed(steps_in(folder)):
+        candidate = storage.join(folder, f"{step:08d}")
+        try:
+            info = read_state(candidate)
+            for name in (MODEL, OPTIMIZER):
+                _checked(candidate, name, info)
+            return candidate
+        except UserError as error:
+            log.warning("checkpoint passed over", path=candidate, why=str(error))
+    return None
+
+
+def resolve(path: str) -> str:
+    """The checkpoint that ``path`` means: itself, or the newest whole one of a run or of a checkpoint folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    if storage.exists(storage.join(path, STATE)):
+        return path
+    found = newest(storage.join(path, "checkpoints")) or newest(path)
+    if found is None:
+        raise UserError(f"{path} holds no checkpoint; train first, or name a run or a checkpoint folder")
+    return found
+
+
+def read_state(path: str) -> dict[str, Any]:
+    """The side-car of the checkpoint at ``path``. Raises :class:`UserError` where it is missing or not ours."""
+    url = storage.join(path, STATE)
+    try:
+        info = json.loads(storage.read_bytes(url))
+    except ValueError as error:
+        raise UserError(f"{url} is damaged: it is not JSON") from error
+    if not isinstance(info, dict) or info.get("version") != VERSION or not {"step", "config", "sha256"} <= info.keys():
+        raise UserError(f"{url} is not the side-car of a checkpoint of this version ({VERSION})")
+    return info
+
+
+def read_weights(path: str, info: dict[str, Any]) -> dict[str, Tensor]:
+    """The float32 weights of the checkpoint at ``path`` by parameter name, checked against its checksum."""
+    return load_safetensors(_checked(path, MODEL, info))
+
+
+def _checked(path: str, name: str, info: dict[str, Any]) -> bytes:
+    content = storage.read_bytes(storage.join(path, name))
+    if hashlib.sha256(content).hexdigest() != info["sha256"].get(name):
+        raise UserError(f"{storage.join(path, name)} is damaged: its checksum does not match")
+    return content

@@ -1,0 +1,115 @@
+"""Configuration: defaults in dataclasses, differences in one YAML file, overrides on the command line.
+
+A command describes its configuration with a dataclass whose fields carry docstrings. The dataclass lives beside
+the code that it configures; here is only what turns files and words into it. Precedence, lowest first: the
+dataclass, ``--config file.yaml`` (repeatable), ``--some.key value`` (or the bare ``some.key=value``).
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from pacl_scale.errors import UserError
+
+Config = TypeVar("Config")
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def build_parser(
+    config_class: type[Config], prog: str, positionals: Sequence[tuple[str, dict[str, Any]]] = ()
+) -> ArgumentParser:
+    """The parser of one command: ``--help`` lists every key of ``config_class`` with its docstring and default."""
+    parser = ArgumentParser(
+        prog=prog,
+        description=(config_class.__doc__ or "").strip(),
+        exit_on_error=False,
+        print_config="--print-config",
+        allow_abbrev=False,
+        default_env=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file of differences from the defaults.")
+    for name, options in positionals:
+        parser.add_argument(name, **options)
+    parser.add_class_arguments(config_class)
+    return parser
+
+
+def parse(
+    config_class: type[Config],
+    argv: Sequence[str] | None,
+    prog: str,
+    positionals: Sequence[tuple[str, dict[str, Any]]] = (),
+) -> Any:
+    """Parse ``argv`` into a ``config_class``.
+
+    Args:
+        config_class: a dataclass, possibly of dataclasses; every field has a default or is required.
+        argv: the words after the command's name; ``None`` takes them from ``sys.argv``.
+        prog: the command's name as the user types it.
+        positionals: extra positional arguments, each a name and the keywords of ``add_argument``.
+
+    Returns:
+        The configuration; with ``positionals``, a tuple of it and a ``{name: value}`` dictionary.
+
+    Raises:
+        UserError: unknown key, wrong type, unreadable file, or a combination that the dataclass refuses by
+            raising ``ValueError`` in ``__post_init__``.
+    """
+    import sys
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser(config_class, prog, positionals)
+    try:
+        namespace = parser.parse_args([_as_option(word) for word in words])
+        extras = {name: getattr(namespace, name) for name, _ in positionals}
+        values = parser.instantiate(namespace)
+        fields = {field.name: getattr(values, field.name) for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+        config = config_class(**fields)
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise UserError(f"{_one_line(error)} ({prog} --help lists every key)") from error
+    return (config, extras) if positionals else config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as plain dictionaries, lists and scalars, ready for YAML or JSON."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved configuration as YAML, keys in the order of the dataclass."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted keys on which two resolved configurations differ, with the old and the new value."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in [*old, *(key for key in new if key not in old)]:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found |= differences(before, after, f"{prefix}{key}.")
+        elif before != after and list(_flat(before)) != list(_flat(after)):
+            found[prefix + key] = (before, after)
+    return found
+
+
+def _flat(value: Any) -> Sequence[Any]:
+    # YAML has no tuples: a tuple saved and read again is a list, and that is no difference.
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _as_option(word: str) -> str:
+    """``some.key=value`` is short for ``--some.key=value``; a file of that name stays a file."""
+    key, equals, _ = word.partition("=")
+    is_key = bool(equals) and all(part.isidentifier() for part in key.split("."))
+    return f"--{word}" if is_key and not os.path.exists(word) else word
+
+
+def _one_line(error: BaseException) -> str:
+    message = " ".join(str(error).split())
+    return message.replace(f"{Path.cwd()}{os.sep}", "").rstrip(".")

@@ -1,0 +1,151 @@
+"""Processes: who am I, how do we start several of us here, and the few collectives that more than one room needs.
+
+A command runs as one process per GPU (or per CPU rank). Under a launcher (torchrun, Slurm through submitit) the
+usual ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` are set and obeyed. Started by
+hand with ``ranks > 1``, a command starts that many copies of itself on this machine.
+"""
+
+import os
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from pacl_scale.errors import UserError
+
+
+@dataclass
+class DistributedConfig:
+    """Processes and devices."""
+
+    ranks: int = 1
+    """Processes to start on this machine when no launcher (torchrun, Slurm) started this one."""
+
+    device: str = "auto"
+    """"auto" (CUDA where there is a GPU, else CPU), "cpu" or "cuda"."""
+
+    threads: int = 0
+    """CPU threads of torch in each rank; 0 shares the cores of this machine evenly between its ranks."""
+
+    timeout_minutes: float = 30.0
+    """How long a collective may take before the run is given up."""
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1:
+            raise ValueError(f"distributed.ranks must be at least 1, not {self.ranks}")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"distributed.device is auto, cpu or cuda, not {self.device!r}")
+        if self.timeout_minutes <= 0:
+            raise ValueError("distributed.timeout_minutes must be positive")
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among its peers."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that writes files and prints."""
+        return self.rank == 0
+
+
+def needs_launch(config: DistributedConfig) -> bool:
+    """Whether this process should start ``config.ranks`` copies of itself instead of working."""
+    return config.ranks > 1 and "WORLD_SIZE" not in os.environ
+
+
+def launch(config: DistributedConfig, module: str, argv: Sequence[str]) -> int:
+    """Run ``python -m module *argv`` as ``config.ranks`` processes on this machine; returns their exit status.
+
+    torch's elastic agent starts them and ends all of them when one fails. The status is that of the first rank
+    that failed, so a user's mistake in a rank is still exit status 2.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(_threads(config, config.ranks)))
+    launch_config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=config.ranks,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(launch_config, sys.executable)("-m", module, *argv)
+    except ChildFailedError as error:
+        return max(
+            failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode for failure in error.failures.values()
+        )
+    return 0
+
+
+@contextmanager
+def joined(config: DistributedConfig) -> Iterator[World]:
+    """Join the process group for the length of a ``with`` block.
+
+    Raises:
+        UserError: CUDA was asked for and there is none.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = _device(config, local_rank)
+    torch.set_num_threads(_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))))
+    if size == 1 and "MASTER_ADDR" not in os.environ:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(minutes=config.timeout_minutes),
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        yield World(rank=rank, size=size, local_rank=local_rank, device=device)
+    finally:
+        dist.destroy_process_group()
+
+
+def agree(flag: bool, world: World) -> bool:
+    """Whether ``flag`` is set on any rank; every rank must call it at the same point."""
+    if world.size == 1:
+        return flag
+    votes = torch.tensor([int(flag)], device=world.device)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return bool(votes.item())
+
+
+def _device(config: DistributedConfig, local_rank: int) -> torch.device:
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("distributed.device is cuda, but this machine has no usable CUDA GPU")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"rank {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _threads(config: DistributedConfig, local_size: int) -> int:
+    return config.threads or max(1, len(os.sched_getaffinity(0)) // local_size)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,33 @@
+"""How a command ends: one sentence on stderr and an exit status, never a traceback for a user's mistake."""
+
+import sys
+from collections.abc import Callable
+
+EXIT_USER_ERROR = 2
+"""Exit status of a :class:`UserError`, as argparse uses for wrong arguments."""
+
+EXIT_INTERRUPTED = 130
+"""Exit status after Ctrl-C: 128 + SIGINT, as shells report it."""
+
+
+class UserError(Exception):
+    """A fault that the user can mend: a wrong key, a missing bucket, data that cannot be used.
+
+    The message is one sentence that says what is wrong and, where it helps, what to do about it.
+    """
+
+
+def run_command(command: Callable[[], int | None]) -> int:
+    """Run ``command`` and return the exit status of the process.
+
+    A :class:`UserError` becomes its sentence on stderr and status 2, Ctrl-C becomes status 130. Anything else
+    is a defect of this program and keeps its traceback.
+    """
+    try:
+        return command() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED

@@ -1,0 +1,345 @@
+"""Train the vision embedder: ``python -m pacl_scale.train --config configs/train/demo.yaml``.
+
+The run directory is the interface: ``config.yaml`` (resolved), ``environment.json``, ``metrics.jsonl``,
+``train.<attempt>.log`` and ``checkpoints/``. Started again with the same run directory, training resumes from
+the newest whole checkpoint; the same samples follow, whatever the number of ranks.
+
+Shapes: b pictures on this rank, B in the global batch, T patches, Din / D width of tokens / text vectors.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from pacl_scale import checkpoint, config, distributed, engine, log, metrics
+from pacl_scale.checkpoint import CheckpointConfig
+from pacl_scale.data import DataConfig, PairBatch, PairStream
+from pacl_scale.distributed import DistributedConfig, World
+from pacl_scale.embedder import EmbedderConfig
+from pacl_scale.encoders import (
+    TextEncoder,
+    TextEncoderConfig,
+    VisionConfig,
+    VisionEncoder,
+    build_text,
+    build_vision,
+)
+from pacl_scale.engine import EngineConfig
+from pacl_scale.errors import UserError, run_command
+from pacl_scale.loss import LossConfig, PACLLoss
+from pacl_scale.model import PACLModel, build_embedder
+from pacl_scale.optim import OptimConfig, learning_rate
+
+MODULE = "pacl_scale.train"
+logger = log.get_logger(MODULE)
+
+MAY_CHANGE_AT_RESUME = (
+    "run",
+    "log_every",
+    "micro_batch_size",
+    "distributed.",
+    "engine.",
+    "checkpoint.",
+    "loss.backend",
+)
+"""Keys (or groups) that do not change what is learned; every other key must be as it was when a run resumes."""
+
+
+@dataclass
+class TrainConfig:
+    """Train the PACL vision embedder on frozen encoders from image-caption pairs."""
+
+    run: str = "runs/train"
+    """Run directory; an existing one is resumed."""
+
+    steps: int = 1000
+    """Optimizer steps in all."""
+
+    global_batch_size: int = 4096
+    """Pictures per step over all ranks and accumulated micro-batches; every other one is a negative."""
+
+    micro_batch_size: int | None = None
+    """Pictures per forward pass on a rank; null takes the rank's whole share. Smaller saves memory, not negatives."""
+
+    seed: int = 0
+    """Seed of the embedder's initial weights and of the order, captions and patches drawn."""
+
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """Where the pairs come from."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    """Frozen vision tower."""
+
+    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    """Frozen text tower."""
+
+    embedder: EmbedderConfig = field(default_factory=EmbedderConfig)
+    """Trainable vision embedder."""
+
+    loss: LossConfig = field(default_factory=LossConfig)
+    """Compatibility function and InfoNCE."""
+
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and schedule."""
+
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """DeepSpeed."""
+
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """Processes and devices."""
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.global_batch_size, self.log_every) < 1:
+            raise ValueError("steps, global_batch_size and log_every must be at least 1")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise ValueError("micro_batch_size must be at least 1")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    settings: TrainConfig = config.parse(TrainConfig, words, "python -m pacl_scale.train")
+    if distributed.needs_launch(settings.distributed):
+        accumulation_of(settings, settings.distributed.ranks)
+        return distributed.launch(settings.distributed, MODULE, words)
+    with distributed.joined(settings.distributed) as world:
+        train(settings, world)
+    return 0
+
+
+def train(settings: TrainConfig, world: World) -> None:
+    """Build, restore, loop. Collective: every rank of ``world`` calls it with the same ``settings``.
+
+    Raises:
+        UserError: shapes that do not divide, data or checkpoints that cannot be used.
+    """
+    accumulation = accumulation_of(settings, world.size)
+    run = Path(settings.run)
+    with ExitStack() as resources:
+        resume_from = open_run(settings, run, world)
+        text = build_text(settings.text, world.device, settings.engine.dtype)
+        stream = resources.enter_context(PairStream(settings.data, settings.seed, settings.global_batch_size, world))
+        vision = None if stream.features else build_vision(settings.vision, world.device, settings.engine.dtype)
+        if vision is not None:
+            stream.prepare_pictures_for(vision.preprocess)
+        width_in = vision.width if vision else stream.width
+
+        torch.manual_seed(settings.seed)
+        model = PACLModel(build_embedder(settings.embedder, width_in, text.width), settings.loss).to(world.device)
+        micro_batch_size = settings.global_batch_size // world.size // accumulation
+        trainer = engine.start(settings.engine, settings.optim, model, world, micro_batch_size, accumulation)
+        loss_of = PACLLoss(settings.loss)
+
+        step = 0
+        if resume_from:
+            info, state = checkpoint.load(resume_from)
+            engine.restore_state(trainer, settings.engine, state, info["step"])
+            stream.load_state(info["data"])
+            step = info["step"]
+            logger.info("resumed", checkpoint=resume_from, step=step, position=info["data"]["position"])
+
+        lines = metrics.MetricsFile(run / "metrics.jsonl", step) if world.is_main else None
+        widths = {"width_in": width_in, "width_out": text.width}
+        batches = iter(stream)
+        clock = Clock()
+        for step in log.progress(range(step + 1, settings.steps + 1), "train", unit="step"):
+            lr = learning_rate(settings.optim, step - 1, settings.steps)
+            engine.set_learning_rate(trainer, lr)
+            with clock.waiting():
+                batch = next(batches)
+            with clock.working():
+                micro_batches = list(encode(batch, vision, text, world.device, micro_batch_size))
+                loss, scale = train_step(trainer, loss_of, micro_batches)
+            if not math.isfinite(loss):
+                raise UserError(f"the loss is {loss} at step {step}; lower optim.lr, or look at the data of this step")
+            if lines and (step % settings.log_every == 0 or step in (1, settings.steps)):
+                values = {"step": step, "loss": loss, "lr": lr, "logit_scale": scale}
+                values |= {"grad_norm": gradient_norm(trainer), "position": batch.position_after}
+                values |= clock.read(settings.global_batch_size) | {"resident_mb": metrics.resident_mb()}
+                values |= {
+                    "device_mb": metrics.device_mb(world.device),
+                    "skipped": sum(stream.skipped.values()),
+                }
+                lines.write(values)
+                logger.info("step", **{k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()})
+            if step % settings.checkpoint.every_steps == 0 or step == settings.steps:
+                save(settings, trainer, step, stream.state_after(batch), widths, world)
+    if world.is_main:
+        logger.info("trained", run=str(run), steps=settings.steps)
+
+
+def accumulation_of(settings: TrainConfig, world_size: int) -> int:
+    """Micro-batches per step and rank.
+
+    Raises:
+        UserError: the global batch does not divide evenly.
+    """
+    share, rest = divmod(settings.global_batch_size, world_size)
+    micro = settings.micro_batch_size or share
+    if rest or share % micro:
+        raise UserError(
+            f"global_batch_size {settings.global_batch_size} is not a multiple of {world_size} ranks"
+            + (f" x micro_batch_size {micro}" if not rest else "")
+        )
+    return share // micro
+
+
+def open_run(settings: TrainConfig, run: Path, world: World) -> str | None:
+    """Make the run directory, or check that an existing one is this very run; returns the checkpoint to resume."""
+    resume_from = checkpoint.newest(checkpoint_folder(settings))
+    saved = run / "config.yaml"
+    if resume_from and saved.exists():
+        refuse_changes(yaml.safe_load(saved.read_text(encoding="utf-8")), config.to_dict(settings), run)
+    if world.size > 1:
+        torch.distributed.barrier()
+    if world.is_main:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"the run directory {run} cannot be made: {error.strerror}") from error
+        saved.write_text(config.to_yaml(settings), encoding="utf-8")
+        (run / "environment.json").write_text(json.dumps(metrics.environment(), indent=2), encoding="utf-8")
+    attempt = len(list(run.glob("train.*.log"))) if world.is_main else 0
+    log.configure(world.rank, run / f"train.{attempt}.log" if world.is_main else None)
+    return resume_from
+
+
+def checkpoint_folder(settings: TrainConfig) -> str:
+    """Where this run's checkpoints lie."""
+    return settings.checkpoint.folder or f"{settings.run.rstrip('/')}/checkpoints"
+
+
+def refuse_changes(old: dict[str, Any], new: dict[str, Any], run: Path) -> None:
+    """Raise :class:`UserError` where a run would be resumed with settings that change what it learns."""
+    changes = config.differences(old, new)
+    forbidden = {key: change for key, change in changes.items() if not key.startswith(MAY_CHANGE_AT_RESUME)}
+    if forbidden:
+        said = "; ".join(f"{key} was {before!r}, is {after!r}" for key, (before, after) in forbidden.items())
+        raise UserError(f"{run} was trained with other settings ({said}); choose another run directory")
+
+
+@dataclass
+class MicroBatch:
+    """What one forward pass on this rank needs, on its device."""
+
+    tokens: Tensor
+    """(b, T, Din) frozen patch tokens in the compute dtype."""
+    texts: Tensor
+    """(b, D) float32 text vectors."""
+    text_ids: Tensor
+    """(b,) int64."""
+    image_text_ids: Tensor
+    """(b, K) int64, padded with -1."""
+
+
+def encode(
+    batch: PairBatch, vision: VisionEncoder | None, text: TextEncoder, device: torch.device, size: int
+) -> Iterator[MicroBatch]:
+    """Run the frozen towers over this rank's share of a global batch, ``size`` pictures at a time."""
+    texts = text.encode(batch.texts)
+    for start in range(0, len(batch.texts), size):
+        part = slice(start, start + size)
+        if vision is None:
+            assert batch.patches is not None
+            tokens = batch.patches[part].to(device, non_blocking=True)
+        else:
+            assert batch.images is not None
+            tokens = vision.encode(batch.images[part].to(device, non_blocking=True)).tokens
+            tokens = batch.sampled(tokens, part)
+        ids, image_ids = batch.text_ids[part].to(device), batch.image_text_ids[part].to(device)
+        yield MicroBatch(tokens, texts[part].to(device), ids, image_ids)
+
+
+def train_step(trainer: Any, loss_of: PACLLoss, micro_batches: list[MicroBatch]) -> tuple[float, float]:
+    """One optimizer step on the global batch; returns its loss and the logit scale.
+
+    With several micro-batches the negatives are still the whole global batch. The gradient of the loss with
+    respect to every similarity is taken once, from similarities computed without a graph; then each micro-batch
+    is embedded again and that gradient is carried through its own graph. Frozen towers run once either way.
+    """
+    if len(micro_batches) == 1:
+        (micro,) = micro_batches
+        patches, scale = trainer(micro.tokens)
+        ids = {"text_ids": micro.text_ids, "image_text_ids": micro.image_text_ids}
+        loss = loss_of(patches, micro.texts, scale, **ids)
+        trainer.backward(loss)
+        trainer.step()
+        return float(loss), float(scale)
+    raise UserError("accumulation is not wired yet")
+
+
+def gradient_norm(trainer: Any) -> float | None:
+    """Norm of the last step's gradient before clipping, as DeepSpeed measured it; ``None`` where it did not."""
+    norm = trainer.get_global_grad_norm()
+    return None if norm is None else float(norm)
+
+
+def save(
+    settings: TrainConfig, trainer: Any, step: int, data: dict[str, int], widths: dict[str, int], world: World
+) -> None:
+    """Gather the state on every rank and write it on the main one."""
+    state = engine.gather_state(trainer, settings.engine)
+    if world.is_main:
+        info = {"config": config.to_dict(settings), "data": data, "revision": metrics.revision(), **widths}
+        path = checkpoint.save(checkpoint_folder(settings), step, state, info, settings.checkpoint.keep_last)
+        logger.info("saved", checkpoint=path)
+
+
+class Clock:
+    """Seconds spent waiting for data and working since the last reading."""
+
+    def __init__(self) -> None:
+        self._spent = {"waiting": 0.0, "working": 0.0}
+        self._steps = 0
+
+    def waiting(self) -> "Span":
+        """A ``with`` block that waits for the next batch."""
+        return Span(self._spent, "waiting")
+
+    def working(self) -> "Span":
+        """A ``with`` block that computes one step."""
+        self._steps += 1
+        return Span(self._spent, "working")
+
+    def read(self, pairs_per_step: int) -> dict[str, float]:
+        """Pairs per second and the share of time spent waiting, then start over."""
+        total = max(sum(self._spent.values()), 1e-9)
+        result = {
+            "pairs_per_s": self._steps * pairs_per_step / total,
+            "data_wait_share": self._spent["waiting"] / total,
+        }
+        self.__init__()  # type: ignore[misc]
+        return result
+
+
+class Span:
+    """Adds the length of a ``with`` block to one entry of a dictionary."""
+
+    def __init__(self, spent: dict[str, float], what: str) -> None:
+        self._spent, self._what = spent, what
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *exc: object) -> None:
+        self._spent[self._what] += time.perf_counter() - self._start
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
