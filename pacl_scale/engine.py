@@ -138,6 +138,10 @@ def _lay_out_state(engine: Any, config: EngineConfig, model: PACLModel) -> None:
     for _ in range(engine.gradient_accumulation_steps()):
         engine.backward((patches.sum() + scale.sum()) * 0.0, retain_graph=True)
         engine.step()
+    if config.zero_stage in (1, 2):
+        # DeepSpeed links the moments after the first parameter group's step, when the second group has none yet.
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
     _set_step(engine, 0)
     engine.global_steps = engine.micro_steps = engine.global_samples = 0
 

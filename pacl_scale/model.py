@@ -13,33 +13,25 @@ from torch import Tensor, nn
 from pacl_scale import checkpoint
 from pacl_scale.embedder import EmbedderConfig, PatchEmbedder
 from pacl_scale.errors import UserError
-from pacl_scale.loss import LossConfig
+from pacl_scale.loss import LogitScale, LossConfig
 
 
 class PACLModel(nn.Module):
-    """Embedder and logit scale as one module, so that one engine wraps every trainable number.
-
-    ``forward(tokens_BTD) -> (patches_BTD, logit_scale)``: the scale is a 0-dim float32 tensor, already
-    exponentiated and clamped, and part of the graph where it is learned. Returning it from ``forward`` (instead
-    of reading the parameter outside) is what lets ZeRO 3 keep the parameter sharded.
-    """
+    """Embedder and logit scale as one module, so that one engine wraps every trainable number."""
 
     def __init__(self, embedder: PatchEmbedder, loss: LossConfig) -> None:
         super().__init__()
         self.embedder = embedder
-        self.max_logit_scale = loss.max_logit_scale
-        log_scale = torch.tensor([loss.init_logit_scale]).log()
-        if loss.learn_logit_scale:
-            # One element, not zero dimensions: DeepSpeed flattens and partitions parameters.
-            self.log_logit_scale = nn.Parameter(log_scale)
-        else:
-            self.register_buffer("log_logit_scale", log_scale, persistent=False)
+        # LogitScale is the loss room's; only its place in the trainable module is decided here.
+        self.logit_scale = LogitScale(loss)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Embed ``tokens`` (B, T, Din) of any float dtype; see the class."""
-        dtype = next(self.embedder.parameters()).dtype
-        scale = self.log_logit_scale.float().exp().clamp(max=self.max_logit_scale).squeeze(0)
-        return self.embedder(tokens.to(dtype)), scale
+        """Embedded patches (B, T, D) of ``tokens`` (B, T, Din), and the logit scale, zero-dimensional.
+
+        The scale is returned, instead of being read off the parameter outside, so that ZeRO 3 can shard it.
+        """
+        dtype = self.embedder.skip.weight.dtype
+        return self.embedder(tokens.to(dtype)), self.logit_scale()
 
 
 @dataclass(frozen=True)

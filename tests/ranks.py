@@ -1,6 +1,7 @@
 """Run a function as several gloo ranks, for tests."""
 
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -35,10 +36,10 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
                 for process in ranks:
                     process.join(0.02)
                 continue
-            rank, failure, value = results.get()
+            rank, failure, pickled = results.get()
             if failure:
                 raise RuntimeError(f"rank {rank} failed:\n{failure}")
-            found[rank] = value
+            found[rank] = pickle.loads(pickled)
     finally:
         for process in ranks:
             if len(found) < size:
@@ -55,6 +56,7 @@ def _run(rank: int, size: int, port: int, results: Any, function: Callable[..., 
         torch.distributed.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=90))
         value = function(World(rank, size, rank, torch.device("cpu")), *args)
         torch.distributed.destroy_process_group()
-        results.put((rank, None, value))
+        # As bytes: the queue would pass tensors as handles to memory that is gone when this process ends.
+        results.put((rank, None, pickle.dumps(value)))
     except BaseException:
         results.put((rank, traceback.format_exc(), None))
