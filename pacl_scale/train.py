@@ -146,19 +146,19 @@ def train(settings: TrainConfig, world: World) -> None:
         trainer = engine.start(settings.engine, settings.optim, model, world, micro_batch_size, accumulation)
         loss_of = PACLLoss(settings.loss)
 
-        step = 0
+        first_step = 1
         if resume_from:
             info, state = checkpoint.load(resume_from)
             engine.restore_state(trainer, settings.engine, state, info["step"])
             stream.load_state(info["data"])
-            step = info["step"]
-            logger.info("resumed", checkpoint=resume_from, step=step, position=info["data"]["position"])
+            first_step = info["step"] + 1
+            logger.info("resumed", checkpoint=resume_from, step=info["step"], position=info["data"]["position"])
 
-        lines = metrics.MetricsFile(run / "metrics.jsonl", step) if world.is_main else None
+        lines = metrics.MetricsFile(run / "metrics.jsonl", first_step - 1) if world.is_main else None
         widths = {"width_in": width_in, "width_out": text.width}
         batches = iter(stream)
         clock = Clock()
-        for step in log.progress(range(step + 1, settings.steps + 1), "train", unit="step"):
+        for step in log.progress(range(first_step, settings.steps + 1), "train", unit="step"):
             lr = learning_rate(settings.optim, step - 1, settings.steps)
             engine.set_learning_rate(trainer, lr)
             with clock.waiting():
@@ -273,15 +273,37 @@ def train_step(trainer: Any, loss_of: PACLLoss, micro_batches: list[MicroBatch])
     respect to every similarity is taken once, from similarities computed without a graph; then each micro-batch
     is embedded again and that gradient is carried through its own graph. Frozen towers run once either way.
     """
+    texts = loss_of.gather(
+        torch.cat([micro.texts for micro in micro_batches]), torch.cat([micro.text_ids for micro in micro_batches])
+    )
+    image_text_ids = torch.cat([micro.image_text_ids for micro in micro_batches])
+
     if len(micro_batches) == 1:
-        (micro,) = micro_batches
-        patches, scale = trainer(micro.tokens)
-        ids = {"text_ids": micro.text_ids, "image_text_ids": micro.image_text_ids}
-        loss = loss_of(patches, micro.texts, scale, **ids)
+        patches, scale = trainer(micro_batches[0].tokens)
+        phi = loss_of.similarity(patches, texts)
+        loss = loss_of.from_similarity(phi, texts, scale, image_text_ids=image_text_ids)
         trainer.backward(loss)
         trainer.step()
         return float(loss), float(scale)
-    raise UserError("accumulation is not wired yet")
+
+    with torch.no_grad():
+        embedded = [trainer.module(micro.tokens) for micro in micro_batches]
+        phi = torch.cat([loss_of.similarity(patches, texts) for patches, _ in embedded])
+        scale = embedded[0][1]
+    del embedded
+    phi.requires_grad_()
+    scale.requires_grad_()
+    loss = loss_of.from_similarity(phi, texts, scale, image_text_ids=image_text_ids)
+    phi_grad, scale_grad = torch.autograd.grad(loss, [phi, scale])
+    for micro, share in zip(micro_batches, phi_grad.split([len(m.tokens) for m in micro_batches]), strict=True):
+        patches, micro_scale = trainer(micro.tokens)
+        # Every micro-batch sees the same scale, so its gradient is carried in equal parts.
+        surrogate = (loss_of.similarity(patches, texts) * share).sum()
+        surrogate = surrogate + (micro_scale * scale_grad).sum() / len(micro_batches)
+        # DeepSpeed divides by the number of micro-batches; ours are parts of one sum.
+        trainer.backward(surrogate * len(micro_batches))
+        trainer.step()
+    return float(loss), float(scale)
 
 
 def gradient_norm(trainer: Any) -> float | None:
