@@ -25,8 +25,11 @@ def build_parser(
     config_class: type[Config], prog: str, positionals: Sequence[tuple[str, dict[str, Any]]] = ()
 ) -> ArgumentParser:
     """The parser of one command: ``--help`` lists every key of ``config_class`` with its docstring and default."""
+    words = "".join(f" {name.upper()}{'...' if options.get('nargs') else ''}" for name, options in positionals)
     parser = ArgumentParser(
         prog=prog,
+        # The generated usage would list every key before the list of every key.
+        usage=f"%(prog)s{words} [--config FILE] [--key VALUE | key=VALUE ...]",
         description=(config_class.__doc__ or "").strip(),
         exit_on_error=False,
         print_config="--print-config",

@@ -5,6 +5,7 @@ usual ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_POR
 hand with ``ranks > 1``, a command starts that many copies of itself on this machine.
 """
 
+import logging
 import os
 import socket
 import sys
@@ -67,17 +68,20 @@ def needs_launch(config: DistributedConfig) -> bool:
 def launch(config: DistributedConfig, module: str, argv: Sequence[str]) -> int:
     """Run ``python -m module *argv`` as ``config.ranks`` processes on this machine; returns their exit status.
 
-    torch's elastic agent starts them and ends all of them when one fails. The status is that of the first rank
-    that failed, so a user's mistake in a rank is still exit status 2.
+    torch's elastic agent starts them and ends all of them when one fails. The status is that of the rank that
+    failed by itself, so a user's mistake in a rank is still exit status 2.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # The rank that failed says why in one sentence; the agent would bury it under a page about processes.
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads(config, config.ranks)))
     launch_config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=config.ranks,
+        run_id=f"pacl-{os.getpid()}",
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
@@ -86,9 +90,9 @@ def launch(config: DistributedConfig, module: str, argv: Sequence[str]) -> int:
     try:
         elastic_launch(launch_config, sys.executable)("-m", module, *argv)
     except ChildFailedError as error:
-        return max(
-            failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode for failure in error.failures.values()
-        )
+        codes = [failure.exitcode for failure in error.failures.values()]
+        # Ranks that the agent ended in turn come back as minus a signal; the guilty one has a status, if it is one.
+        return next((code for code in codes if code > 0), 128 - min(codes))
     return 0
 
 
@@ -119,15 +123,6 @@ def joined(config: DistributedConfig) -> Iterator[World]:
         yield World(rank=rank, size=size, local_rank=local_rank, device=device)
     finally:
         dist.destroy_process_group()
-
-
-def agree(flag: bool, world: World) -> bool:
-    """Whether ``flag`` is set on any rank; every rank must call it at the same point."""
-    if world.size == 1:
-        return flag
-    votes = torch.tensor([int(flag)], device=world.device)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return bool(votes.item())
 
 
 def _device(config: DistributedConfig, local_rank: int) -> torch.device:

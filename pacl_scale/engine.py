@@ -6,6 +6,7 @@ stage, precision and world size can restore what any other wrote, and the file i
 """
 
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -112,6 +113,8 @@ def _import_deepspeed(world: World) -> Any:
     # DeepSpeed guesses the accelerator from what is installed; a CUDA build of torch on a machine without a GPU
     # makes it guess wrongly.
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
+    # DeepSpeed calls collectives by names that torch is about to retire; the user can do nothing about it.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     import deepspeed
     from deepspeed.utils import logger
 

@@ -1,6 +1,8 @@
 """How a command ends: one sentence on stderr and an exit status, never a traceback for a user's mistake."""
 
+import os
 import sys
+import time
 from collections.abc import Callable
 
 EXIT_USER_ERROR = 2
@@ -26,6 +28,9 @@ def run_command(command: Callable[[], int | None]) -> int:
     try:
         return command() or 0
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            # All ranks find the same mistake; rank 0 says it, and its end ends the others before they repeat it.
+            time.sleep(5.0)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:

@@ -43,7 +43,7 @@ def configure(rank: int = 0, file: str | Path | None = None, quiet: bool = False
                 foreign_pre_chain=_shared_processors(),
                 processors=[
                     structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                    structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=0, pad_level=False),
+                    structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=0, pad_level=False, sort_keys=False),
                 ],
             )
         )

@@ -284,7 +284,7 @@ def train_step(trainer: Any, loss_of: PACLLoss, micro_batches: list[MicroBatch])
         loss = loss_of.from_similarity(phi, texts, scale, image_text_ids=image_text_ids)
         trainer.backward(loss)
         trainer.step()
-        return float(loss), float(scale)
+        return float(loss.detach()), float(scale.detach())
 
     with torch.no_grad():
         embedded = [trainer.module(micro.tokens) for micro in micro_batches]
@@ -303,7 +303,7 @@ def train_step(trainer: Any, loss_of: PACLLoss, micro_batches: list[MicroBatch])
         # DeepSpeed divides by the number of micro-batches; ours are parts of one sum.
         trainer.backward(surrogate * len(micro_batches))
         trainer.step()
-    return float(loss), float(scale)
+    return float(loss.detach()), float(scale.detach())
 
 
 def gradient_norm(trainer: Any) -> float | None:

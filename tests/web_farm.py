@@ -1,4 +1,4 @@
-"""A loopback web server full of what the open web does to a downloader. Used by the tests and benchmarks of data_prep."""
+"""A loopback web server full of what the open web does to a downloader: for the tests of data_prep."""
 
 import io
 import threading

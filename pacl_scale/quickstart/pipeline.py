@@ -21,11 +21,13 @@ from typing import Any
 from data_prep.layout import REPORT
 from pacl_scale import config, log
 from pacl_scale.errors import UserError
+from pacl_scale.evaluate.command import table
 from pacl_scale.evaluate.rows import Row, read_rows
 from pacl_scale.quickstart.scenes import Manifest, SceneConfig, draw_scenes
 from pacl_scale.quickstart.store import ObjectStore
 from pacl_scale.quickstart.urls import UrlFaults, write_url_list
 from pacl_scale.quickstart.web import PictureServer
+from pacl_scale.report import write_report
 
 PROG = "python -m pacl_scale.quickstart"
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,16 +99,16 @@ class Pipeline:
                 self._download(manifest)
                 report = self._download_report(store)
             with self._stage("encode"):
-                self._module("cache", "--config", "configs/cache/demo.yaml", f"source={PAIRS}", f"output={self.features}")
+                self._module(
+                    "cache", "--config", "configs/cache/demo.yaml", f"data.root={PAIRS}", f"output={self.features}"
+                )
         rows = {seed: self._train_and_evaluate(seed) for seed in self.settings.seeds}
-        self.seconds["total"] = time.monotonic() - started
-        summary = self._summary(rows, report)
-        (self.folder / SUMMARY).write_text(json.dumps(summary, indent=2), encoding="utf-8")
-        from pacl_scale.report import write_report
-
-        with self._stage("report"):
-            page = write_report(str(self.folder))
-        print(f"\nreport: {page}")
+        self.seconds["total"] = round(time.monotonic() - started, 1)
+        (self.folder / SUMMARY).write_text(json.dumps(self._summary(rows, report), indent=2), encoding="utf-8")
+        stages = {stage: seconds for stage, seconds in self.seconds.items() if stage != "total"}
+        runs = {"pacl": str(self.folder), "mean_pooled": str(self.folder / "mean_pooled")}
+        page = write_report(str(self.folder / "report.html"), str(self.folder), runs, report, stages)
+        print(f"\n{table(rows[self.settings.seeds[0]])}\n\nreport: {page}")
 
     def run_of(self, seed: int) -> Path:
         """Run directory of the training with ``seed``."""
@@ -139,7 +141,7 @@ class Pipeline:
     def _train_and_evaluate(self, seed: int) -> list[Row]:
         run, first = self.run_of(seed), seed == self.settings.seeds[0]
         control = run / "mean_pooled"
-        common = [f"seed={seed}", f"data.path={self.features}", *self.settings.train]
+        common = [f"seed={seed}", f"data.root={self.features}", *self.settings.train]
         suffix = "" if first else f"_seed_{seed}"
         with self._stage("train" + suffix):
             self._module("train", "--config", "configs/train/demo.yaml", f"run={run}", *common)

@@ -159,9 +159,7 @@ class ObjectStore:
             endpoint_url=self.endpoint,
             aws_access_key_id=self._access_key,
             aws_secret_access_key=self._secret_key,
-            config=ClientConfig(
-                connect_timeout=2, read_timeout=5, retries={"total_max_attempts": 1}, proxies={}
-            ),
+            config=ClientConfig(connect_timeout=2, read_timeout=5, retries={"total_max_attempts": 1}, proxies={}),
         )
 
     @property
@@ -230,9 +228,7 @@ class ObjectStore:
                 # Another server may hold the port: ours must still be alive after the answer.
                 return self._process.poll() is None
         self.stop()
-        raise UserError(
-            f"the object store did not answer within {START_SECONDS:.0f} s ({self._last_words()})"
-        )
+        raise UserError(f"the object store did not answer within {START_SECONDS:.0f} s ({self._last_words()})")
 
     def _create_buckets(self) -> None:
         client = self.client()

@@ -1,0 +1,175 @@
+"""Download the pictures of prepared lists with img2dataset, shard by shard, in supervised processes."""
+
+import functools
+import math
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+import pacl_scale
+from data_prep import layout
+from data_prep.guard import Limits, install
+from data_prep.workers import run_tasks
+from pacl_scale.log import get_logger, progress
+
+log = get_logger(__name__)
+
+USER_AGENT_TOKEN = "pacl-scale"
+"""The name that a server's X-Robots-Tag can address."""
+
+SCRATCH_PREFIX = "pacl-scale-fetch-"
+
+
+@dataclass
+class FetchConfig:
+    """How pictures are downloaded and stored."""
+
+    processes: int = 4
+    """Processes that each download one shard at a time."""
+    threads: int = 32
+    """Requests under way in each process."""
+    image_size: int = 256
+    """Pixels of the stored picture's side that resize_mode means."""
+    resize_mode: Literal["keep_ratio", "center_crop", "border", "keep_ratio_largest", "no"] = "keep_ratio"
+    """As img2dataset's: keep_ratio makes the shorter side image_size, keep_ratio_largest the longer one."""
+    upscale: bool = False
+    """Also enlarge pictures that are smaller than image_size."""
+    jpeg_quality: int = 95
+    """Quality of the stored JPEG, 1 to 100."""
+    request_seconds: float = 30.0
+    """A request that is not finished by then, redirects included, is given up."""
+    silence_seconds: float = 10.0
+    """A server that says nothing for this long is given up."""
+    shard_seconds: float = 7200.0
+    """A shard that takes longer is abandoned with its process and done again."""
+    largest_body_mb: float = 32.0
+    """MB; a longer body is refused."""
+    largest_megapixels: float = 100.0
+    """Megapixels; a larger picture is refused before it is decoded."""
+    largest_aspect_ratio: float = 20.0
+    """A picture longer than this in one direction is refused."""
+    smallest_side: int = 16
+    """Pixels; a picture with a shorter side is refused."""
+    allowed_networks: list[str] = field(default_factory=list)
+    """Networks that may be asked although their addresses are not public: [10.0.0.0/8] on an intranet."""
+    honour_opt_out: bool = True
+    """Leave out pictures whose server says noai, noimageai, noindex or noimageindex in X-Robots-Tag."""
+    contact: str | None = None
+    """An address (URL or e-mail) that the user agent names, so that a server's owner can write to you."""
+    scratch: str | None = None
+    """Local folder for shards in the making, room for one a process; the system's temporary folder by default."""
+
+    def __post_init__(self) -> None:
+        for name in ("processes", "threads", "image_size", "request_seconds", "silence_seconds", "shard_seconds"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"fetch.{name} must be positive")
+        if self.largest_body_mb <= 0 or self.largest_megapixels <= 0 or self.largest_aspect_ratio < 1:
+            raise ValueError("fetch.largest_body_mb and largest_megapixels must be positive, aspect ratio >= 1")
+        if not 1 <= self.jpeg_quality <= 100:
+            raise ValueError("fetch.jpeg_quality must be between 1 and 100")
+        try:
+            [ip_network(network) for network in self.allowed_networks]
+        except ValueError as error:
+            raise ValueError(f"fetch.allowed_networks: {error}") from error
+        if self.contact is not None and not self.contact.isprintable():
+            raise ValueError("fetch.contact must be printable")
+
+
+def fetch(root_url: str, shards: Iterable[int], samples_per_shard: int, config: FetchConfig) -> dict[int, str]:
+    """Make ``shards`` from their prepared lists.
+
+    Returns:
+        What went wrong, by number, with the shards that could not be made in three attempts.
+    """
+    shards = list(shards)
+    faults: dict[int, str] = {}
+    with _scratch_folder(config.scratch) as scratch:
+        work = functools.partial(download_shard, root_url, scratch, samples_per_shard, config)
+        outcomes = run_tasks(work, shards, min(config.processes, len(shards)), config.shard_seconds)
+        for outcome in progress(outcomes, "download", total=len(shards), unit="shard"):
+            if outcome.fault is not None:
+                faults[outcome.task] = outcome.fault
+                log.warning("shard failed", shard=layout.shard_name(outcome.task), reason=outcome.fault)
+    return faults
+
+
+def download_shard(
+    root_url: str, scratch: str, samples_per_shard: int, config: FetchConfig, shard: int
+) -> None:
+    """Make one shard in this process. Raises what :meth:`ShardDownloader.download_shard` raises."""
+    most_pixels = round(config.largest_megapixels * 1e6)
+    # Both are read at import. OpenCV's limit is a second lock behind the look at the header; albumentations,
+    # which img2dataset resizes with, would ask a package index whether there is a newer version of itself.
+    os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(most_pixels)
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+    from data_prep.picture import PictureResizer
+    from data_prep.shard import ShardDownloader, ShardWriter
+
+    install(limits(config))
+    resizer = PictureResizer(
+        most_pixels=most_pixels,
+        smallest_side=config.smallest_side,
+        largest_aspect_ratio=config.largest_aspect_ratio,
+        image_size=config.image_size,
+        resize_mode=config.resize_mode,
+        resize_only_if_bigger=not config.upscale,
+        encode_quality=config.jpeg_quality,
+    )
+    downloader = ShardDownloader(
+        root_url=root_url,
+        scratch=scratch,
+        sample_writer_class=ShardWriter,
+        resizer=resizer,
+        thread_count=config.threads,
+        save_caption=True,
+        extract_exif=False,
+        timeout=config.silence_seconds,
+        # A key is shard number and row number; ten rows make it two digits at least.
+        number_sample_per_shard=max(10, samples_per_shard),
+        oom_shard_count=layout.SHARD_DIGITS,
+        compute_hash="sha256",
+        verify_hash_type=None,
+        encode_format="jpg",
+        retries=0,
+        user_agent_token=USER_AGENT_TOKEN,
+        disallowed_header_directives=OPT_OUT_DIRECTIVES if config.honour_opt_out else None,
+    )
+    downloader.download_shard((shard, layout.list_url(root_url, shard)))
+
+
+OPT_OUT_DIRECTIVES = ["noai", "noimageai", "noindex", "noimageindex"]
+
+
+def limits(config: FetchConfig) -> Limits:
+    """What each request may take, and the user agent."""
+    contact = f"; {config.contact}" if config.contact else ""
+    return Limits(
+        deadline_s=config.request_seconds,
+        body_bytes=math.floor(config.largest_body_mb * 1e6),
+        allowed_networks=tuple(ip_network(network) for network in config.allowed_networks),
+        user_agent=f"{USER_AGENT_TOKEN}/{pacl_scale.__version__} (img2dataset{contact})",
+    )
+
+
+@contextmanager
+def _scratch_folder(parent: str | None) -> Iterator[str]:
+    """A local folder for this run; those of runs that were killed are cleared away."""
+    place = Path(parent or tempfile.gettempdir())
+    place.mkdir(parents=True, exist_ok=True)
+    # Other machines may share the place; only they know which of their processes live.
+    ours = f"{SCRATCH_PREFIX}{socket.gethostname()}-"
+    for old in place.glob(f"{ours}*"):
+        owner = old.name.removeprefix(ours).partition("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(old, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{ours}{os.getpid()}-", dir=place) as folder:
+        yield folder

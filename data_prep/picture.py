@@ -1,0 +1,101 @@
+"""From a body of strange bytes to a JPEG of the wanted size: img2dataset's resizer behind a look at the header."""
+
+import io
+import warnings
+from typing import Any
+
+from img2dataset.resizer import Resizer
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from data_prep.causes import FetchError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+ORIENTATION_TAG = 0x0112
+PNG_DEPTH_AT = 24
+"""Offset of the bit depth in a PNG: eight bytes of signature, then length, type, width and height of IHDR."""
+
+
+class PictureResizer(Resizer):
+    """Decides from the header alone whether a body is decoded, so that a bomb never unfolds.
+
+    Also mends what OpenCV's decoder gets wrong: it ignores EXIF's orientation (and the tag is lost with the
+    re-encoding, so the picture would lie on its side for good), it turns 16-bit pictures white, and it pads the
+    missing part of a truncated JPEG with grey.
+
+    Args:
+        most_pixels: largest number of pixels that is decoded.
+        smallest_side: least width and height of a picture that is kept.
+        largest_aspect_ratio: of the longer to the shorter side.
+        options: those of img2dataset's Resizer.
+    """
+
+    def __init__(
+        self, most_pixels: int, smallest_side: int, largest_aspect_ratio: float, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self._most_pixels = most_pixels
+        self._smallest_side = smallest_side
+        self._largest_aspect_ratio = largest_aspect_ratio
+
+    def __call__(self, img_stream: io.BytesIO, blurring_bbox_list: Any = None) -> tuple[Any, ...]:
+        """Returns img2dataset's six values: JPEG, width, height, original width and height, error or None."""
+        try:
+            img_stream.seek(0)
+            picture = self._checked(img_stream.read())
+        except FetchError as error:
+            return None, None, None, None, None, str(error)
+        *result, error_message = super().__call__(picture, blurring_bbox_list)
+        if error_message is not None:
+            error_message = f"not_an_image: {error_message}"
+        return *result, error_message
+
+    def _checked(self, content: bytes) -> io.BytesIO:
+        """The picture, upright and in 8 bits; raises FetchError for one that must not be decoded."""
+        try:
+            with warnings.catch_warnings():
+                # The limit below is the caller's own, and nothing is decoded before it.
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                picture = Image.open(io.BytesIO(content), formats=FORMATS)
+            with picture:
+                self._check_size(*picture.size)
+                if picture.format in ("JPEG", "MPO"):
+                    _check_complete(content)
+                deep = picture.format == "PNG" and content[PNG_DEPTH_AT] == 16
+                if deep or picture.getexif().get(ORIENTATION_TAG, 1) != 1:
+                    return _redrawn(picture)
+        except Image.DecompressionBombError as error:
+            raise FetchError("too_many_pixels", str(error)) from error
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError) as error:
+            raise FetchError("not_an_image", f"{type(error).__name__}, it begins {content[:16]!r}") from error
+        return io.BytesIO(content)
+
+    def _check_size(self, width: int, height: int) -> None:
+        size = f"{width} x {height}"
+        if width * height > self._most_pixels:
+            raise FetchError("too_many_pixels", size)
+        if min(width, height) < self._smallest_side:
+            raise FetchError("too_small", size)
+        if max(width, height) > self._largest_aspect_ratio * min(width, height):
+            raise FetchError("aspect_ratio", size)
+
+
+def _check_complete(content: bytes) -> None:
+    # Within a scan 0xFF is always escaped, so the end marker must follow the start of the last scan.
+    if content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda"):
+        raise FetchError("truncated", "the JPEG has no end")
+
+
+def _redrawn(picture: Image.Image) -> io.BytesIO:
+    """The same picture upright, on white, in 8 bits, as a BMP (the next decoder's cheapest format)."""
+    upright = ImageOps.exif_transpose(picture)
+    if upright.mode.startswith("I"):
+        # 16-bit grey: Pillow's own conversion clips instead of scaling.
+        upright = upright.convert("I").point(lambda value: value / 256).convert("L")
+    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+        layer = upright.convert("RGBA")
+        upright = Image.new("RGB", layer.size, "white")
+        upright.paste(layer, mask=layer)
+    stream = io.BytesIO()
+    upright.convert("RGB").save(stream, "BMP")
+    stream.seek(0)
+    return stream

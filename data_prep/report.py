@@ -1,0 +1,118 @@
+"""What was expected, what was got, and why the rest is missing: one JSON file and one table."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from data_prep import layout
+from data_prep.prepare import Plan
+from data_prep.verify import TarFacts
+from pacl_scale import storage
+
+THREADS = 16
+
+
+@dataclass(frozen=True)
+class Report:
+    """The account of a data set: ``list_rows`` = ``left_out`` + ``expected``, ``expected`` = ``got`` + ``failures``.
+
+    Attributes:
+        source: name of the kind of list.
+        list_url, list_sha256: which list it was.
+        published_rows: how many rows the published list of this kind has, if there is one.
+        list_rows: rows of the list.
+        left_out: rows that were not asked for, by cause.
+        expected: rows that were asked for.
+        got: samples in the shards.
+        failures: rows that were asked for and gave no sample, by cause.
+        shards: number of tars.
+        bytes: their size.
+        samples: samples that the index knows.
+        verified: SHA-256 of each tar that was read to its end, by name.
+        seconds: of each stage in the run that wrote this.
+    """
+
+    source: str
+    list_url: str
+    list_sha256: str
+    published_rows: int | None
+    list_rows: int
+    left_out: dict[str, int]
+    expected: int
+    got: int
+    failures: dict[str, int]
+    shards: int
+    bytes: int
+    samples: int
+    verified: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def read_stats(root_url: str, shards: Iterable[int]) -> dict[int, dict[str, Any]]:
+    """The counts of each finished shard, by number."""
+    shards = list(shards)
+
+    def read(shard: int) -> dict[str, Any]:
+        return layout.read_json(storage.join(root_url, layout.shard_name(shard) + layout.STATS_SUFFIX)) or {}
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        return dict(zip(shards, threads.map(read, shards), strict=True))
+
+
+def count_failures(stats: Mapping[int, Mapping[str, Any]]) -> dict[str, int]:
+    """Rows without a sample over all shards, by cause, the most frequent first."""
+    causes: Counter[str] = Counter()
+    for shard in stats.values():
+        causes.update(shard.get("causes", {}))
+    return dict(causes.most_common())
+
+
+def make_report(
+    plan: Plan,
+    published_rows: int | None,
+    stats: Mapping[int, Mapping[str, Any]],
+    sound: Mapping[int, TarFacts],
+    samples: int,
+    seconds: Mapping[str, float],
+) -> Report:
+    """Put together what the stages found."""
+    return Report(
+        source=plan.source,
+        list_url=plan.list_url,
+        list_sha256=plan.list_sha256,
+        published_rows=published_rows,
+        list_rows=plan.list_rows,
+        left_out=plan.left_out,
+        expected=plan.rows,
+        got=sum(shard.get("successes", 0) for shard in stats.values()),
+        failures=count_failures(stats),
+        shards=len(sound),
+        bytes=sum(facts.bytes for facts in sound.values()),
+        samples=samples,
+        verified={facts.name: facts.sha256 for facts in sound.values()},
+        seconds={stage: round(value, 1) for stage, value in seconds.items()},
+    )
+
+
+def as_table(report: Report, root_url: str) -> str:
+    """The report for a terminal."""
+    lines = [("rows in the list", report.list_rows, _of_published(report))]
+    lines += [(f"  left out: {cause}", count, "") for cause, count in report.left_out.items()]
+    lines += [("expected", report.expected, ""), ("got", report.got, _share(report.got, report.expected))]
+    lines += [(f"  failed: {cause}", count, "") for cause, count in report.failures.items()]
+    width = max(len(what) for what, _, _ in lines)
+    table = [f"{what:<{width}}  {count:>12,}  {note}".rstrip() for what, count, note in lines]
+    size = f"{report.bytes / 1e6:,.1f} MB"
+    return "\n".join([*table, f"{report.shards} shards, {size}, {report.samples:,} samples indexed: {root_url}"])
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else ""
+
+
+def _of_published(report: Report) -> str:
+    if report.published_rows is None or report.published_rows == report.list_rows:
+        return ""
+    return f"the published list has {report.published_rows:,}"

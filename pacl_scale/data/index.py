@@ -1,0 +1,423 @@
+"""Where every sample of a folder of WebDataset tars lies: one parquet file beside the tars.
+
+A sample is a run of consecutive members with the same WebDataset key (their path up to the first dot of the
+base name). The tars stay as they are; ``index.parquet`` has one row a sample, in shard and tar order:
+
+=========  ======  =======================================================================================
+column     type    meaning
+=========  ======  =======================================================================================
+shard      uint32  number of the shard in the list kept in the file's metadata
+offset     uint64  first byte of the sample's first header in the tar
+length     uint32  bytes from there to the end of the padding of the sample's last member
+key        uint64  BLAKE2b-8 of the key (:func:`hash_key`), so that a reader notices a shard that was replaced
+=========  ======  =======================================================================================
+
+The metadata under ``pacl_scale`` is JSON: ``version``, ``shards`` (name, size, samples), ``kind``, ``extra``,
+``left_out`` (samples that cannot be trained on, by cause).
+"""
+
+import io
+import json
+import posixpath
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pacl_scale import storage
+from pacl_scale.errors import UserError
+from pacl_scale.log import get_logger
+
+log = get_logger(__name__)
+
+INDEX_NAME = "index.parquet"
+VERSION = 1
+METADATA_KEY = b"pacl_scale"
+COLUMNS = {"shard": np.uint32, "offset": np.uint64, "length": np.uint32, "key": np.uint64}
+
+PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
+CAPTION_EXTENSIONS = ("txt", "json")
+PATCHES_EXTENSION = "patches"
+
+BLOCK = 512
+ZERO_BLOCK = bytes(BLOCK)
+REGULAR_FILE, WITHOUT_DATA = (b"0", b"\0", b"7"), (b"1", b"2", b"3", b"4", b"5", b"6")
+PAX_HEADER, GNU_LONG_NAME = b"x", b"L"
+"""Type flags of tar headers (POSIX.1-2001, and GNU's for long names)."""
+READ_BYTES = 4 << 20
+LONGEST_HEADER_RECORD = 1 << 20
+"""A pax or long-name record above this is taken for damage, not for a name."""
+
+SCAN_THREADS = 4
+
+
+class DamagedTar(UserError):
+    """A tar that cannot be read to its end: which one, at which byte, and why."""
+
+
+@dataclass(frozen=True)
+class TarSample:
+    """One sample of a tar: ``length`` bytes from ``offset`` hold its members with all their headers."""
+
+    key: str
+    offset: int
+    length: int
+    extensions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar of the data set: its name in the folder, its size in bytes, its usable samples."""
+
+    name: str
+    size: int
+    samples: int
+
+
+@dataclass(frozen=True)
+class SampleIndex:
+    """The index in memory: ``shard``, ``offset``, ``length`` and ``key`` have one entry a sample."""
+
+    root_url: str
+    shards: list[Shard]
+    shard: np.ndarray = field(repr=False)
+    offset: np.ndarray = field(repr=False)
+    length: np.ndarray = field(repr=False)
+    key: np.ndarray = field(repr=False)
+    kind: str = "pictures"
+    extra: dict[str, Any] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    @classmethod
+    def load(cls, root_url: str) -> "SampleIndex":
+        """Read ``<root_url>/index.parquet``.
+
+        Raises:
+            UserError: no index there, or a file that is not one of ours.
+        """
+        url = storage.join(root_url, INDEX_NAME)
+        if not storage.exists(url):
+            raise UserError(f"{root_url} has no {INDEX_NAME}; run the index step on its tars first")
+        content = storage.read_bytes(url)
+        try:
+            table = pq.read_table(pa.BufferReader(content))
+            meta = json.loads((table.schema.metadata or {})[METADATA_KEY])
+            if meta["version"] != VERSION:
+                raise ValueError(f"version {meta['version']} where this program reads {VERSION}")
+            columns = {name: table[name].to_numpy().astype(d, copy=False) for name, d in COLUMNS.items()}
+            index = cls(
+                root_url=root_url,
+                shards=[Shard(str(s["name"]), int(s["size"]), int(s["samples"])) for s in meta["shards"]],
+                kind=meta["kind"],
+                extra=meta["extra"],
+                left_out=meta.get("left_out", {}),
+                **columns,
+            )
+            index._check()
+        except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{url} cannot be used as an index ({reason}); run the index step again") from error
+        return index
+
+    def save(self) -> None:
+        """Write the index beside its tars; a reader sees the old one or the new one, never half of it."""
+        meta = {
+            "version": VERSION,
+            "shards": [asdict(shard) for shard in self.shards],
+            "kind": self.kind,
+            "extra": self.extra,
+            "left_out": self.left_out,
+        }
+        table = pa.table({name: getattr(self, name) for name in COLUMNS})
+        table = table.replace_schema_metadata({METADATA_KEY: json.dumps(meta).encode()})
+        buffer = io.BytesIO()
+        # Offsets and lengths are multiples of 512 with small high bytes: split by byte they compress well,
+        # and 30 million rows load within a second. Keys are hashes: nothing compresses them.
+        pq.write_table(
+            table,
+            buffer,
+            compression="zstd",
+            use_dictionary=["shard"],
+            column_encoding={"offset": "BYTE_STREAM_SPLIT", "length": "BYTE_STREAM_SPLIT", "key": "PLAIN"},
+            write_statistics=False,
+        )
+        storage.write_bytes(storage.join(self.root_url, INDEX_NAME), buffer.getvalue())
+
+    def _check(self) -> None:
+        """Raise ValueError where the columns contradict each other or the list of shards."""
+        counts = np.array([shard.samples for shard in self.shards], np.int64)
+        if not np.array_equal(np.repeat(np.arange(len(counts)), counts), self.shard):
+            raise ValueError("its rows are not in the order of its shards")
+        sizes = np.array([shard.size for shard in self.shards], np.uint64)
+        if np.any(self.offset + self.length > np.repeat(sizes, counts)):
+            raise ValueError("a sample lies beyond the end of its shard")
+        if self.kind not in ("pictures", "features"):
+            raise ValueError(f"unknown kind {self.kind!r}")
+
+
+def hash_key(key: str) -> int:
+    """The 64 bits that stand for a sample's key in the index."""
+    return int.from_bytes(blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A member's WebDataset key and its extension: ``a.b/0001.seg.png`` -> (``a.b/0001``, ``seg.png``)."""
+    folder, base = posixpath.split(name)
+    stem, _, extension = base.partition(".")
+    return posixpath.join(folder, stem), extension.lower()
+
+
+@dataclass(frozen=True)
+class TarMember:
+    """A regular file of a tar; ``offset`` is its first header block, ``end`` the byte after its padding."""
+
+    name: str
+    offset: int
+    data: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        return self.data + _padded(self.size)
+
+
+def read_members(stream: BinaryIO, name: str, whole: bool = True) -> Iterator[TarMember]:
+    """Walk the regular files of a tar, reading to its end.
+
+    The standard library's reader takes a damaged header for the end of the archive. This one does not, so a
+    tar that was cut short is never taken for a complete one.
+
+    Args:
+        stream: the tar, or with ``whole=False`` a piece of one, cut at member boundaries.
+        name: what to call it in an error.
+        whole: demand the two zero blocks that end an archive, and nothing but zeros after them.
+
+    Raises:
+        DamagedTar: cut short, not a tar, or a header whose checksum does not match.
+    """
+    start, offset = 0, 0
+    long_name: str | None = None
+    long_size: int | None = None
+    while True:
+        block = stream.read(BLOCK)
+        if not block and not whole:
+            return
+        if len(block) < BLOCK:
+            raise DamagedTar(f"{name} is damaged at byte {offset:,}: it ends without an end-of-archive mark")
+        if block == ZERO_BLOCK:
+            return _check_end(stream, name, offset)
+        try:
+            short_name, size, kind = _parse_header(block)
+        except ValueError as error:
+            raise DamagedTar(f"{name} is damaged at byte {offset:,}: {error}") from error
+        offset += BLOCK
+        if kind in (PAX_HEADER, GNU_LONG_NAME):
+            record = _read_record(stream, size, name, offset)
+            offset += _padded(size)
+            if kind == GNU_LONG_NAME:
+                long_name = _text(record)
+            else:
+                pax = _pax_values(record, name, offset)
+                long_name = pax.get("path", long_name)
+                long_size = int(pax["size"]) if pax.get("size", "").isdigit() else long_size
+            continue
+        # Links, folders and devices have no data, whatever size their header claims.
+        size = 0 if kind in WITHOUT_DATA else size if long_size is None else long_size
+        data = offset
+        _skip(stream, _padded(size), name, offset)
+        offset += _padded(size)
+        if kind in REGULAR_FILE and not short_name.endswith("/"):
+            yield TarMember(long_name or short_name, start, data, size)
+        start, long_name, long_size = offset, None, None
+
+
+def scan_tar(stream: BinaryIO, name: str) -> list[TarSample]:
+    """The samples of a tar, in order. The stream is read to its end.
+
+    Raises:
+        DamagedTar: the tar is not complete; says where and why.
+    """
+    samples: list[TarSample] = []
+    for member in read_members(stream, name):
+        key, extension = split_name(member.name)
+        last = samples[-1] if samples else None
+        if last and last.key == key and last.offset + last.length == member.offset:
+            extensions = (*last.extensions, extension)
+            samples[-1] = TarSample(key, last.offset, member.end - last.offset, extensions)
+        else:
+            samples.append(TarSample(key, member.offset, member.end - member.offset, (extension,)))
+    return samples
+
+
+def build_index(
+    root_url: str,
+    shards: Sequence[str] | None = None,
+    kind: str = "pictures",
+    extra: dict[str, Any] | None = None,
+) -> SampleIndex:
+    """Scan the tars at ``root_url``, write ``index.parquet`` beside them and return it.
+
+    Args:
+        root_url: folder of tars, a path or an fsspec URL.
+        shards: names in that folder; by default every ``*.tar`` there, sorted.
+        kind: ``"pictures"`` (a picture and a caption make a usable sample) or ``"features"`` (patch tokens
+            and a caption do).
+        extra: kept in the index's metadata.
+
+    Raises:
+        UserError: no tars, none readable, or a tar that holds members but no usable sample.
+        DamagedTar: a tar is not complete.
+    """
+    names = list(shards) if shards is not None else list_shards(root_url)
+    if not names:
+        raise UserError(f"{root_url} holds no tars to index")
+    with ThreadPoolExecutor(SCAN_THREADS) as threads:
+        scans = list(threads.map(lambda name: _scan_shard(root_url, name, kind), names))
+    left_out: Counter[str] = Counter()
+    for _, _, causes in scans:
+        left_out.update(causes)
+    usable = [sample for _, samples, _ in scans for sample in samples]
+    if not usable:
+        raise UserError(f"{root_url} holds no usable sample: each of its {len(names)} tars is empty")
+    counts = [len(samples) for _, samples, _ in scans]
+    index = SampleIndex(
+        root_url=root_url,
+        shards=[Shard(n, size, len(samples)) for n, (size, samples, _) in zip(names, scans, strict=True)],
+        shard=np.repeat(np.arange(len(names), dtype=np.uint32), counts),
+        offset=np.array([sample.offset for sample in usable], np.uint64),
+        length=np.array([sample.length for sample in usable], np.uint32),
+        key=np.array([hash_key(sample.key) for sample in usable], np.uint64),
+        kind=kind,
+        extra=extra or {},
+        left_out=dict(left_out),
+    )
+    index.save()
+    log.info("indexed", root=root_url, shards=len(names), samples=len(index), left_out=dict(left_out) or None)
+    return index
+
+
+def list_shards(root_url: str) -> list[str]:
+    """Names of the tars in a folder, sorted. Raises :class:`UserError` where it cannot be listed."""
+    files, path = storage.filesystem(root_url)
+    with storage.explained(root_url):
+        files.invalidate_cache(path)
+        found = files.ls(path, detail=False)
+    return sorted(posixpath.basename(entry) for entry in found if entry.endswith(".tar"))
+
+
+def _scan_shard(root_url: str, name: str, kind: str) -> tuple[int, list[TarSample], Counter[str]]:
+    """Size of the shard, its usable samples, and the others by cause."""
+    url = storage.join(root_url, name)
+    files, path = storage.filesystem(url)
+    with storage.explained(url), files.open(path, "rb", block_size=READ_BYTES) as stream:
+        samples = scan_tar(stream, url)
+        size = stream.tell()
+    causes: Counter[str] = Counter()
+    usable = []
+    for sample in samples:
+        cause = _why_unusable(sample, kind)
+        causes.update([cause] if cause else [])
+        usable.extend([] if cause else [sample])
+    if samples and not usable:
+        raise UserError(f"{url} holds no usable sample: {_listed(causes)}")
+    if not samples:
+        log.warning("empty shard", shard=url)
+    return size, usable, causes
+
+
+def _why_unusable(sample: TarSample, kind: str) -> str | None:
+    content = (PATCHES_EXTENSION,) if kind == "features" else PICTURE_EXTENSIONS
+    if not any(extension in content for extension in sample.extensions):
+        return "no patch tokens" if kind == "features" else "no picture"
+    if not any(extension in CAPTION_EXTENSIONS for extension in sample.extensions):
+        return "no caption"
+    return None
+
+
+def _listed(causes: Counter[str]) -> str:
+    return ", ".join(f"{count} with {cause}" for cause, count in causes.most_common())
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
+def _parse_header(block: bytes) -> tuple[str, int, bytes]:
+    """Name, size and type flag of a tar header. Raises ValueError where it is none.
+
+    The standard library's parser builds the whole member, owner and dates included; the stream reads some six
+    headers a sample under the interpreter's lock, so it has to be quick.
+    """
+    if sum(block) - sum(block[148:156]) + 8 * ord(" ") != _number(block[148:156]):
+        raise ValueError("a header whose checksum does not match")
+    name, kind = _text(block[:100]), block[156:157]
+    if kind == b"S":
+        raise ValueError("a sparse file, which is not supported")
+    if block[257:263] == b"ustar\0" and block[345]:
+        name = f"{_text(block[345:500])}/{name}"
+    return name, _number(block[124:136]), kind
+
+
+def _number(digits: bytes) -> int:
+    """A number of a tar header: octal digits, or base 256 where the first bit is set."""
+    if digits[0] == 0x80:
+        return int.from_bytes(digits[1:], "big")
+    return int(digits.strip(b" \0") or b"0", 8)
+
+
+def _text(field: bytes) -> str:
+    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+
+
+def _skip(stream: BinaryIO, size: int, name: str, offset: int) -> None:
+    """Read ``size`` bytes away; a short body is damage."""
+    left = size
+    while left > 0:
+        got = len(stream.read(min(left, READ_BYTES)))
+        if got == 0:
+            raise DamagedTar(f"{name} is damaged at byte {offset:,}: it ends in the middle of a member")
+        left -= got
+
+
+def _check_end(stream: BinaryIO, name: str, offset: int) -> None:
+    """After the first zero block of the end-of-archive mark at ``offset``: a second one, then only zeros."""
+    second = stream.read(BLOCK)
+    if len(second) < BLOCK:
+        raise DamagedTar(f"{name} is damaged at byte {offset:,}: it ends in the middle of the end-of-archive mark")
+    tail = second
+    while tail:
+        if tail.strip(b"\0"):
+            raise DamagedTar(f"{name} is damaged at byte {offset:,}: data follows the end-of-archive mark")
+        tail = stream.read(READ_BYTES)
+
+
+def _read_record(stream: BinaryIO, size: int, name: str, offset: int) -> bytes:
+    if size > LONGEST_HEADER_RECORD:
+        raise DamagedTar(f"{name} is damaged at byte {offset:,}: a header record of {size:,} bytes")
+    content = stream.read(_padded(size))
+    if len(content) < _padded(size):
+        raise DamagedTar(f"{name} is damaged at byte {offset:,}: it ends in the middle of a header")
+    return content[:size]
+
+
+def _pax_values(record: bytes, name: str, offset: int) -> dict[str, str]:
+    """The key=value pairs of a pax header: records of ``<length> <key>=<value>\\n``."""
+    values: dict[str, str] = {}
+    while record:
+        digits, _, _ = record.partition(b" ")
+        length = int(digits) if digits.isdigit() else 0
+        if not 0 < length <= len(record) or b"=" not in record[:length]:
+            raise DamagedTar(f"{name} is damaged at byte {offset:,}: a pax header that cannot be read")
+        key, _, value = record[len(digits) + 1 : length - 1].partition(b"=")
+        values[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        record = record[length:]
+    return values

@@ -1,0 +1,528 @@
+"""Batches of picture-text pairs on this rank, from indexed tars of pictures or of cached patch tokens.
+
+b pairs of this rank, H x W pixels, T patches a picture of which n are delivered, D channels, K ids a picture.
+
+What a batch holds is decided by (seed, position) alone: which samples, in which order, with which text, which crop
+and which patches. Neither the number of ranks or threads nor the moment of a restart makes a difference.
+"""
+
+import queue
+import threading
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pacl_scale.data import captions
+from pacl_scale.data.captions import PictureTexts, TextConfig
+from pacl_scale.data.decode import BadPicture, PictureConfig, decode, normalise_
+from pacl_scale.data.features import FeatureFormat
+from pacl_scale.data.index import PICTURE_EXTENSIONS, DamagedTar, SampleIndex, hash_key
+from pacl_scale.data.order import EndlessOrder, Mixture, Picks
+from pacl_scale.data.ranges import ShardChanged, ShardReader
+from pacl_scale.data.reader import Awaited, Plan, ReadAhead, ReadConfig
+from pacl_scale.data.sample import read_sample
+from pacl_scale.distributed import World
+from pacl_scale.errors import UserError
+from pacl_scale.log import get_logger
+
+if TYPE_CHECKING:
+    from pacl_scale.encoders.vision import Preprocess
+
+log = get_logger(__name__)
+
+SAMPLES_A_TASK = 8
+"""Samples that a decode thread takes at a time: enough that handing them out costs nothing."""
+
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+
+JUDGED_FROM = 100
+"""Samples after which the share of skipped ones is judged."""
+
+
+@dataclass
+class DataConfig:
+    """The data set and how it becomes batches."""
+
+    root: str = ""
+    """Path or URL of a folder of indexed tars: pictures, or the patch tokens that `cache` wrote."""
+
+    mix: dict[str, float] = field(default_factory=dict)
+    """Several such folders with their weights, instead of root. Each is consumed in its own order and starts its own
+    next epoch; a weight twice another's delivers twice the samples."""
+
+    text: TextConfig = field(default_factory=TextConfig)
+    picture: PictureConfig = field(default_factory=PictureConfig)
+    read: ReadConfig = field(default_factory=ReadConfig)
+
+    patch_sample: int = 0
+    """Patches of a picture that enter a step, drawn from (seed, epoch, key); 0 takes all. 96 of 256 train as well
+    and cost less."""
+
+    decode_threads: int = 0
+    """Threads that decode, in each rank; 0 takes as many as torch computes with."""
+
+    prefetch_batches: int = 2
+    """Finished batches that wait for the training step."""
+
+    max_skip_share: float = 0.05
+    """Share of this rank's samples that may be unusable (no picture, damaged, no caption) before the run stops."""
+
+    def __post_init__(self) -> None:
+        if self.root and self.mix:
+            raise ValueError("data.root and data.mix are two ways to say the same; set one of them")
+        if any(weight <= 0 for weight in self.mix.values()):
+            raise ValueError("the weights of data.mix must be above 0")
+        if self.patch_sample < 0 or self.decode_threads < 0 or self.prefetch_batches < 1:
+            raise ValueError("data.patch_sample and decode_threads must be at least 0, prefetch_batches at least 1")
+        if not 0 <= self.max_skip_share < 1:
+            raise ValueError(f"data.max_skip_share is a share from 0 to below 1, not {self.max_skip_share}")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Folder -> weight, whichever way it was said, in an order that does not depend on how."""
+        return dict(sorted((self.mix or {self.root: 1.0}).items()))
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """This rank's part of a global batch: b pairs."""
+
+    images: Tensor | None
+    """(b, 3, H, W) float32, normalised for the encoder; None for a data set of features."""
+
+    patches: Tensor | None
+    """(b, n, D) float32 patch tokens; None for a data set of pictures."""
+
+    patch_ids: Tensor | None
+    """(b, n) int64, ascending: which of a picture's patches ``patches`` holds; None where it holds all."""
+
+    grid: tuple[int, int] | None
+    """Rows and columns of patches of a whole picture; None for a data set of pictures (the encoder decides)."""
+
+    texts: list[str]
+    """b texts, one a picture."""
+
+    text_ids: Tensor
+    """(b,) int64: what each text says; for a noun prompt the noun, whatever the template."""
+
+    image_text_ids: Tensor
+    """(b, K) int64: all that is known to be true of each picture (its captions and nouns), padded with -1."""
+
+    keys: list[str]
+    """WebDataset keys of the samples."""
+
+    captions: list[list[str]]
+    """All captions of each picture."""
+
+    nouns: list[list[str]]
+    """All nouns of each picture's captions, where data preparation wrote them."""
+
+    position_after: int
+    """Samples consumed by all ranks when this batch is done."""
+
+    skipped: dict[str, int]
+    """Samples of this batch that could not be used, by cause. In training each one's place is taken by a neighbour in
+    the batch, so that all ranks keep the same shape; in ordered mode the batch is shorter."""
+
+    patch_sample: int = 0
+    """Patches of a picture that take part in the step; 0 for all."""
+
+    patch_seeds: list[int] = field(default_factory=list)
+    """b seeds, from (seed, epoch, key), that decide which patches take part."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def sampled(self, tokens_BTD: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Of the encoder's tokens of the pictures ``rows``, those that take part in this step.
+
+        Args:
+            tokens_BTD: (rows, T, D), any type and device.
+            rows: which pictures of the batch they belong to.
+
+        Returns:
+            (rows, n, D) with n = ``patch_sample``, in the order of the patches; ``tokens_BTD`` itself where all take
+            part.
+        """
+        count, tokens = self.patch_sample, tokens_BTD.shape[1]
+        if not 0 < count < tokens:
+            return tokens_BTD
+        ids = np.stack([draw_patches(tokens, count, seed) for seed in self.patch_seeds[rows]])
+        ids_BN1 = torch.from_numpy(ids).to(tokens_BTD.device)[:, :, None]
+        return torch.take_along_dim(tokens_BTD, ids_BN1, dim=1)
+
+
+class PairStream:
+    """An iterator of :class:`PairBatch`; endless in training, once over the data in ordered mode.
+
+    Use it in a ``with`` block, or call :meth:`close`, so that its threads end with it.
+
+    Args:
+        config: what and how.
+        seed: of the run, not negative.
+        global_batch_size: samples of all ranks together in one batch.
+        world: which part of every batch is ours, and the device it goes to: for a CUDA device the tensors lie in
+            page-locked memory, so that copies to it do not block.
+        position: samples consumed before, by all ranks; see also :meth:`load_state`.
+        ordered: for evaluation: every sample once, in the order of the index, with its first caption, all patches, no
+            augmentation, and a last batch that may be smaller.
+
+    Raises:
+        UserError: no data set named, no index, several encoders' features, fewer samples than a batch.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        seed: int,
+        global_batch_size: int,
+        world: World = ALONE,
+        *,
+        position: int = 0,
+        ordered: bool = False,
+    ) -> None:
+        self.config, self.seed, self.ordered = config, seed, ordered
+        self.global_batch_size, self.world = global_batch_size, world
+        if not config.root and not config.mix:
+            raise UserError("no data set is named; set data.root to a folder of indexed tars")
+        self.indexes = [SampleIndex.load(root) for root in config.weights]
+        self.features = _common_format(self.indexes)
+        """The format of the data set's patch tokens; None for a data set of pictures."""
+        self.position = position
+        """Samples consumed by all ranks together, the batch handed out last included."""
+        self.skipped: Counter[str] = Counter()
+        """Unusable samples of this rank so far, by cause."""
+        self.seen = 0
+        """Samples of this rank so far, the unusable ones included."""
+        self.preprocess: Preprocess | None = None
+        self._mixture = self._mix(position, None)
+        self._running: _Run | None = None
+        self._check()
+
+    def __len__(self) -> int:
+        """Samples in one epoch of the data set; of a mixture, of all its data sets together."""
+        return sum(len(index) for index in self.indexes)
+
+    @property
+    def width(self) -> int:
+        """Channels of the data set's patch tokens."""
+        if self.features is None:
+            raise ValueError("a data set of pictures has no width; ask the vision encoder")
+        return self.features.width
+
+    @property
+    def retried(self) -> Counter[str]:
+        """Reads of this rank that were tried again since the iteration began, by cause."""
+        return self._running.retried if self._running else Counter()
+
+    def prepare_pictures_for(self, preprocess: "Preprocess") -> None:
+        """Say how the vision encoder wants its pictures; before the first batch of a data set of pictures."""
+        self.preprocess = preprocess
+
+    def state_after(self, batch: PairBatch) -> dict[str, Any]:
+        """Where the stream is when ``batch`` is done, as plain JSON: give it to :meth:`load_state` of a stream with
+        any number of ranks, threads, or samples a batch."""
+        own = self._mixture.own_positions(batch.position_after).tolist()
+        own_positions = dict(zip(self.config.weights, own, strict=True))
+        return {"seed": self.seed, "position": batch.position_after, "own_positions": own_positions}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where another stream was. A data set that was not in its mixture begins at its start.
+
+        Raises:
+            UserError: the state belongs to another seed, so to another order.
+        """
+        if state["seed"] != self.seed:
+            raise UserError(f"the data was ordered by seed {state['seed']}, not {self.seed}; resume with the same seed")
+        self.close()
+        own = [int(state["own_positions"].get(name, 0)) for name in self.config.weights]
+        self.position = int(state["position"])
+        self._mixture = self._mix(self.position, own)
+
+    def __iter__(self) -> Iterator[PairBatch]:
+        if self.features is None and self.preprocess is None:
+            raise ValueError("prepare_pictures_for() says how the encoder wants its pictures; call it first")
+        return self.span(self.position, len(self) if self.ordered else None)
+
+    def span(self, start: int, stop: int | None) -> Iterator[PairBatch]:
+        """The batches of the positions ``start`` to ``stop`` (None: without end); the last may be smaller."""
+        self.close()
+        run = self._running = _Run(self, self._mixture, start, stop)
+        while (batch := run.next()) is not None:
+            self.position = batch.position_after
+            yield batch
+        self.close()
+
+    def __enter__(self) -> "PairStream":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the threads; the stream can be iterated again from where it is."""
+        run, self._running = self._running, None
+        if run is not None:
+            run.close()
+
+    def _mix(self, position: int, own_positions: list[int] | None) -> Mixture:
+        window = 0 if self.ordered else self.config.read.window_chunks
+        orders = [EndlessOrder(i.shards, self.seed, self.config.read.chunk_samples, window) for i in self.indexes]
+        return Mixture(orders, list(self.config.weights.values()), position, own_positions)
+
+    def _check(self) -> None:
+        if self.ordered and len(self.indexes) > 1:
+            raise UserError("ordered reading is of one data set; set data.root instead of data.mix")
+        if self.features is not None and self.config.picture.augments:
+            raise UserError(
+                f"{self.indexes[0].root_url} holds patch tokens, which cannot be cropped or flipped; "
+                "train on the pictures or switch the augmentation off"
+            )
+        fewest = min(len(index) for index in self.indexes)
+        if not self.ordered and fewest < self.global_batch_size:
+            raise UserError(
+                f"the data set has {fewest:,} samples, fewer than a global batch of {self.global_batch_size:,}"
+            )
+
+
+class _Run:
+    """The threads behind one iteration: reads ahead, decode threads, and one that puts batches together."""
+
+    def __init__(self, stream: PairStream, mixture: Mixture, start: int, stop: int | None) -> None:
+        config = stream.config
+        self._stream = stream
+        self._readers = [
+            ShardReader(index, config.read.fetch_threads, config.read.timeout_s, config.read.retries)
+            for index in stream.indexes
+        ]
+        self._plan = Plan(mixture, self._readers, stream.world, start, stream.global_batch_size, stop)
+        budget = config.read.read_ahead_mb << 20
+        self._ahead = ReadAhead(self._plan, self._readers, config.read.fetch_threads, budget)
+        threads = config.decode_threads or torch.get_num_threads()
+        self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._batches: queue.Queue[PairBatch | BaseException | None] = queue.Queue(config.prefetch_batches)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._produce, name="batches", daemon=True)
+        self._thread.start()
+
+    def next(self) -> PairBatch | None:
+        """The next batch; None after the last. Raises what went wrong in a thread."""
+        item = self._batches.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Stop and wait for the threads to end."""
+        self._closing.set()
+        self._ahead.close()
+        self._decoders.shutdown(wait=True, cancel_futures=True)
+        self._thread.join()
+
+    @property
+    def retried(self) -> Counter[str]:
+        """Reads that were tried again, by cause."""
+        return sum((reader.retried for reader in self._readers), Counter())
+
+    def _produce(self) -> None:
+        try:
+            pending: deque[_Pending] = deque()
+            number = 0
+            while not self._closing.is_set():
+                # One batch is decoded while the one before it is put together.
+                while len(pending) < 2 and (picks := self._plan.batch(number)) is not None:
+                    pending.append(self._begin(number, picks))
+                    number += 1
+                if not pending:
+                    break
+                self._hand_over(pending.popleft().finish())
+            self._hand_over(None)
+        except BaseException as error:
+            # Whatever it is, the consumer has to learn of it rather than wait for ever.
+            self._hand_over(error)
+
+    def _hand_over(self, item: PairBatch | BaseException | None) -> None:
+        while not self._closing.is_set():
+            try:
+                self._batches.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def _begin(self, number: int, picks: Picks) -> "_Pending":
+        awaited = self._ahead.start(picks)
+        pending = _Pending(self._stream, picks, position_after=self._plan.span(number)[1])
+        for begin in range(0, len(picks), SAMPLES_A_TASK):
+            rows = range(begin, min(begin + SAMPLES_A_TASK, len(picks)))
+            pending.tasks.append(self._decoders.submit(pending.load, rows, [awaited[row] for row in rows]))
+        return pending
+
+
+@dataclass
+class _Row:
+    """What is known of one pair beside its pixels or patches."""
+
+    key: str
+    texts: PictureTexts
+    text: str
+    text_id: int
+    patch_seed: int
+
+
+class _Pending:
+    """A batch that is being decoded: threads fill its rows, then :meth:`finish` puts it together."""
+
+    def __init__(self, stream: PairStream, picks: Picks, position_after: int) -> None:
+        self.tasks: list[Future[None]] = []
+        self._stream, self._picks, self._position_after = stream, picks, position_after
+        self._rows: list[_Row | str] = [""] * len(picks)
+        features, preprocess, pin = stream.features, stream.preprocess, stream.world.device.type == "cuda"
+        self._patch_sample = 0 if stream.ordered else stream.config.patch_sample
+        self._images, self._patches, self._patch_ids = None, None, None
+        if features is not None:
+            count = self._patch_sample if self._patch_sample < features.tokens else 0
+            self._patches = torch.empty(len(picks), count or features.tokens, features.width, pin_memory=pin)
+            self._patch_ids = torch.empty(len(picks), count, dtype=torch.int64) if count else None
+        else:
+            assert preprocess is not None
+            size = preprocess.image_size
+            self._images = torch.empty(len(picks), 3, size, size, pin_memory=pin)
+
+    def load(self, rows: Sequence[int], awaited: Sequence[Awaited]) -> None:
+        """Fill ``rows``; runs in a decode thread."""
+        for row, handle in zip(rows, awaited, strict=True):
+            try:
+                self._rows[row] = self._load(row, handle.result())
+            except (BadPicture, DamagedTar) as error:
+                self._rows[row] = str(error) if isinstance(error, BadPicture) else "damaged tar member"
+
+    def finish(self) -> PairBatch:
+        """The batch, when all its rows are there."""
+        for task in self.tasks:
+            task.result()
+        skipped = self._count_skipped()
+        good = [row for row, content in enumerate(self._rows) if isinstance(content, _Row)]
+        if not good and not self._stream.ordered:
+            raise UserError(f"not one of the {len(self._rows)} samples of a batch can be used: {_listed(skipped)}")
+        take = good if self._stream.ordered else _with_neighbours(len(self._rows), good)
+        rows = [content for row in take if isinstance(content := self._rows[row], _Row)]
+        whole = not skipped
+        ids = [row.texts.ids() for row in rows]
+        widest = max(map(len, ids), default=1)
+        return PairBatch(
+            images=_select(self._images, take, whole),
+            patches=_select(self._patches, take, whole),
+            patch_ids=_select(self._patch_ids, take, whole),
+            grid=self._stream.features.grid if self._stream.features else None,
+            texts=[row.text for row in rows],
+            text_ids=torch.tensor([row.text_id for row in rows], dtype=torch.int64),
+            image_text_ids=torch.tensor([i + [-1] * (widest - len(i)) for i in ids], dtype=torch.int64),
+            keys=[row.key for row in rows],
+            captions=[row.texts.captions for row in rows],
+            nouns=[row.texts.nouns for row in rows],
+            position_after=self._position_after,
+            skipped=dict(skipped),
+            patch_sample=self._patch_sample,
+            patch_seeds=[row.patch_seed for row in rows],
+        )
+
+    def _load(self, row: int, content: bytes) -> _Row:
+        stream, config = self._stream, self._stream.config
+        source, epoch, sample = (int(a[row]) for a in (self._picks.source, self._picks.epoch, self._picks.sample))
+        index = stream.indexes[source]
+        key, members = read_sample(content, index.shards[int(index.shard[sample])].name)
+        if hash_key(key) != int(index.key[sample]):
+            shard = index.shards[int(index.shard[sample])].name
+            raise ShardChanged(
+                f"{index.root_url}/{shard} holds other samples than were indexed; run the index step again"
+            )
+        texts = captions.read_texts(members)
+        if texts is None:
+            raise BadPicture("no caption")
+        if stream.ordered:
+            text, text_id = texts.captions[0], captions.text_id(texts.captions[0])
+        else:
+            text, text_id = captions.draw_text(texts, config.text, stream.seed, epoch, key)
+        patch_seed = hash_key(f"{stream.seed}/{epoch}/patches/{key}")
+        if self._patches is not None:
+            self._load_patches(row, members, patch_seed)
+        else:
+            self._load_picture(row, members, epoch, key)
+        return _Row(key, texts, text, text_id, patch_seed)
+
+    def _load_patches(self, row: int, members: Mapping[str, bytes], patch_seed: int) -> None:
+        features, ids = self._stream.features, None
+        assert features is not None and self._patches is not None
+        if self._patch_ids is not None:
+            ids = draw_patches(features.tokens, self._patch_sample, patch_seed)
+            self._patch_ids[row] = torch.from_numpy(ids)
+        features.read(members, ids, self._patches[row])
+
+    def _load_picture(self, row: int, members: Mapping[str, bytes], epoch: int, key: str) -> None:
+        stream, config = self._stream, self._stream.config.picture
+        assert stream.preprocess is not None and self._images is not None
+        content = next((members[extension] for extension in PICTURE_EXTENSIONS if extension in members), None)
+        if content is None:
+            raise BadPicture("no picture")
+        draws = None if stream.ordered else captions.draws(stream.seed, epoch, key, "picture", 4)
+        pixels = decode(content, stream.preprocess, config, draws)
+        self._images.numpy()[row] = pixels.transpose(2, 0, 1)
+        normalise_(self._images[row], stream.preprocess)
+
+    def _count_skipped(self) -> Counter[str]:
+        stream = self._stream
+        skipped: Counter[str] = Counter()
+        for row, cause in enumerate(self._rows):
+            if isinstance(cause, str):
+                skipped[cause] += 1
+                index, sample = stream.indexes[int(self._picks.source[row])], int(self._picks.sample[row])
+                shard = index.shards[int(index.shard[sample])].name
+                log.warning(
+                    "sample skipped", cause=cause, shard=f"{index.root_url}/{shard}", byte=int(index.offset[sample])
+                )
+        stream.skipped += skipped
+        stream.seen += len(self._rows)
+        allowed = stream.config.max_skip_share * max(stream.seen, JUDGED_FROM)
+        if stream.skipped.total() > allowed:
+            raise UserError(
+                f"{stream.skipped.total()} of {stream.seen} samples cannot be used ({_listed(stream.skipped)}), "
+                f"more than data.max_skip_share = {stream.config.max_skip_share:.0%}"
+            )
+        return skipped
+
+
+def draw_patches(tokens: int, count: int, seed: int) -> np.ndarray:
+    """``count`` of the patch numbers below ``tokens``, ascending, int64; the same for the same seed."""
+    noise = np.random.Philox(key=seed).random_raw(tokens)
+    return np.sort(np.argpartition(noise, count)[:count])
+
+
+def _common_format(indexes: Sequence[SampleIndex]) -> FeatureFormat | None:
+    """The one format of all data sets; None where they hold pictures."""
+    formats = [FeatureFormat.of(index) for index in indexes]
+    if any(one != formats[0] for one in formats):
+        raise UserError("the data sets of data.mix must all hold pictures, or all patch tokens of one encoder")
+    return formats[0]
+
+
+def _with_neighbours(count: int, good: list[int]) -> list[int]:
+    """``count`` rows in order; a bad one is replaced by the next good one, cyclically."""
+    places = np.searchsorted(good, np.arange(count)) % max(len(good), 1)
+    return [good[place] for place in places]
+
+
+def _select(tensor: Tensor | None, rows: list[int], whole: bool) -> Tensor | None:
+    if tensor is None or whole:
+        return tensor
+    chosen = tensor[torch.tensor(rows, dtype=torch.int64)]
+    return chosen.pin_memory() if tensor.is_pinned() else chosen
+
+
+def _listed(causes: Counter[str]) -> str:
+    return ", ".join(f"{count} {cause}" for cause, count in causes.most_common())

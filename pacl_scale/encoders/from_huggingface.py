@@ -1,0 +1,106 @@
+"""Text towers of Hugging Face transformers: any encoder that ``AutoModel`` knows, pooled over its tokens.
+
+n strings, L tokens (padded to the longest of the batch), D channels.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from pacl_scale.encoders.text import TextEncoderConfig, TextTower
+from pacl_scale.encoders.weights import freeze, hash_of
+from pacl_scale.errors import UserError
+
+Tokenize = Callable[[list[str]], tuple[Tensor, Tensor]]
+"""Strings to token numbers (n, L) and a mask (n, L) that is 1 on real tokens and 0 on padding, both int64."""
+
+DEFAULT_MAX_TOKENS = 512
+"""Where a tokenizer states no length of its own."""
+
+
+def build_huggingface_text(config: TextEncoderConfig, device: torch.device, dtype: torch.dtype) -> TextTower:
+    """The transformers tower that ``config`` names; see :func:`pacl_scale.encoders.build_text`."""
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    try:
+        settings = AutoConfig.from_pretrained(config.model)
+        tokenizer = AutoTokenizer.from_pretrained(config.model)
+        if config.weights == "random":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                model = AutoModel.from_config(settings)
+        else:
+            # Only safetensors: the older format can carry code.
+            model = AutoModel.from_pretrained(config.model, use_safetensors=True)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise UserError(f"model: transformers cannot give {config.model}: {_first_line(error)}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"model: {config.model} has no tokenizer.json, which its strings need")
+    limit = min(tokenizer.model_max_length, DEFAULT_MAX_TOKENS)
+    tokenize = tokenize_with(tokenizer.backend_tokenizer, min(config.max_tokens or limit, limit))
+    return HuggingFaceText(model, tokenize, config.pooling, config.normalize, device, dtype)
+
+
+class HuggingFaceText:
+    """A :class:`~pacl_scale.encoders.text.TextTower` by a transformers encoder and a tokenizer."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenize: Tokenize,
+        pooling: Literal["mean", "cls"],
+        normalize: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.device = device
+        self._fingerprint = {
+            "source": "huggingface",
+            "weights_blake2b": hash_of(model),
+            "pooling": pooling,
+            "normalize": normalize,
+        }
+        self._model: Any = freeze(model).to(device, dtype)
+        self.width: int = self._model.config.hidden_size
+        self._tokenize = tokenize
+        self._pooling, self._normalize = pooling, normalize
+
+    def embed(self, texts: list[str]) -> Tensor:
+        """See :meth:`pacl_scale.encoders.text.TextTower.embed`."""
+        tokens_nL, mask_nL = (each.to(self.device) for each in self._tokenize(texts))
+        states_nLD = self._model(input_ids=tokens_nL, attention_mask=mask_nL).last_hidden_state.float()
+        vectors_nD = states_nLD[:, 0] if self._pooling == "cls" else _mean(states_nLD, mask_nL)
+        return F.normalize(vectors_nD, dim=-1) if self._normalize else vectors_nD
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See :meth:`pacl_scale.encoders.text.TextEncoder.fingerprint`."""
+        return dict(self._fingerprint)
+
+
+def tokenize_with(tokenizer: Tokenizer, max_tokens: int) -> Tokenize:
+    """A tokenizer.json's rules, cut to ``max_tokens`` and padded to the longest string of the batch."""
+    padding = tokenizer.padding or {}
+    tokenizer.enable_truncation(max_tokens)
+    tokenizer.enable_padding(
+        pad_id=padding.get("pad_id", 0), pad_token=padding.get("pad_token", "[PAD]"), direction="right"
+    )
+
+    def tokenize(texts: list[str]) -> tuple[Tensor, Tensor]:
+        encodings = tokenizer.encode_batch(texts)
+        ids, masks = [each.ids for each in encodings], [each.attention_mask for each in encodings]
+        return torch.tensor(ids), torch.tensor(masks)
+
+    return tokenize
+
+
+def _mean(states_nLD: Tensor, mask_nL: Tensor) -> Tensor:
+    weights_nL1 = mask_nL.unsqueeze(-1).to(states_nLD.dtype)
+    return (states_nLD * weights_nL1).sum(dim=1) / weights_nL1.sum(dim=1).clamp(min=1)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

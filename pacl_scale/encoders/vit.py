@@ -1,0 +1,137 @@
+"""One forward pass for every plain vision transformer: what timm and open_clip call by different names.
+
+B pictures, T patches on a grid of h x w, P prefix tokens (class, registers), D channels.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from pacl_scale.encoders.cpu_block import PICTURES_PER_PASS, CpuBlock, is_plain
+from pacl_scale.encoders.vision import PatchTokens, Preprocess
+from pacl_scale.encoders.weights import freeze
+
+
+@dataclass
+class ViTParts:
+    """The parts of a vision transformer in the order in which a picture meets them."""
+
+    patch_conv: nn.Conv2d
+    """Pixels to patch tokens."""
+    patch_norm: nn.Module
+    """After it; mostly the identity."""
+    prefix_1PD: Tensor
+    """Class and register tokens with their positions added."""
+    positions_1TD: Tensor | None
+    """Positions of the patches on ``native_grid``, or None where the tower has none of its own."""
+    native_grid: tuple[int, int]
+    """Rows and columns for which ``positions_1TD`` was learnt."""
+    norm_pre: nn.Module
+    """Before the first block; CLIP has one."""
+    blocks: Sequence[nn.Module]
+    """Those up to the layer that is wanted, each (B, P + T, D) -> (B, P + T, D)."""
+    norm: nn.Module
+    """After the last of them."""
+    projection_DE: Tensor | None = None
+    """Into another space; CLIP's joint one."""
+    antialias_positions: bool = True
+    """Whether interpolating ``positions_1TD`` to a smaller grid filters them; timm and open_clip do."""
+
+
+class FrozenViT:
+    """A :class:`~pacl_scale.encoders.vision.VisionEncoder` from the parts of a vision transformer."""
+
+    def __init__(
+        self,
+        parts: ViTParts,
+        preprocess: Preprocess,
+        fingerprint: dict[str, Any],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.patch_size = parts.patch_conv.kernel_size[0]
+        self.width = parts.patch_conv.out_channels if parts.projection_DE is None else parts.projection_DE.shape[1]
+        self.preprocess = preprocess
+        self.device, self.dtype = device, dtype
+        self._fingerprint = fingerprint
+        self._parts = parts
+        self._pictures_per_pass: int | None = None
+        if device.type == "cpu":
+            self._pictures_per_pass = PICTURES_PER_PASS
+            if dtype == torch.bfloat16:
+                parts.blocks = [CpuBlock(block) if is_plain(block) else block for block in parts.blocks]
+        self._conv: Any = freeze(parts.patch_conv).to(device, dtype)
+        self._rest = freeze(nn.ModuleList([parts.patch_norm, parts.norm_pre, *parts.blocks, parts.norm]))
+        self._rest.to(device, dtype)
+        self._prefix_1PD = parts.prefix_1PD.detach().to(device, dtype)
+        self._projection_DE = None if parts.projection_DE is None else parts.projection_DE.detach().to(device, dtype)
+        self._positions: dict[tuple[int, int], Tensor] = {}
+
+    def encode(self, images_BCHW: Tensor, stride: int | None = None) -> PatchTokens:
+        """See :meth:`pacl_scale.encoders.vision.VisionEncoder.encode`."""
+        stride = self.patch_size if stride is None else stride
+        check_pictures(images_BCHW, self.patch_size, stride)
+        # no_grad, not inference_mode: autograd refuses to save inference tensors, and the trainable embedder has
+        # to save these tokens for its own backward pass.
+        with torch.no_grad():
+            passes = images_BCHW.split(self._pictures_per_pass or max(1, len(images_BCHW)))
+            results = [self._forward(part.to(self.device, self.dtype), stride) for part in passes]
+        return PatchTokens(torch.cat([tokens_BTD for tokens_BTD, _ in results]), results[0].grid)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See :meth:`pacl_scale.encoders.vision.VisionEncoder.fingerprint`."""
+        return dict(self._fingerprint)
+
+    def _forward(self, images_BCHW: Tensor, stride: int) -> PatchTokens:
+        patches_BDhw = F.conv2d(images_BCHW, self._conv.weight, self._conv.bias, stride=stride)
+        grid = (patches_BDhw.shape[2], patches_BDhw.shape[3])
+        x_BTD = self._parts.patch_norm(patches_BDhw.flatten(2).transpose(1, 2))
+        if self._parts.positions_1TD is not None:
+            x_BTD = x_BTD + self._positions_on(grid)
+        x_BTD = torch.cat([self._prefix_1PD.expand(len(x_BTD), -1, -1), x_BTD], dim=1)
+        x_BTD = self._parts.norm_pre(x_BTD)
+        for block in self._parts.blocks:
+            x_BTD = block(x_BTD)
+        tokens_BTD = self._parts.norm(x_BTD[:, self._prefix_1PD.shape[1] :])
+        if self._projection_DE is not None:
+            tokens_BTD = tokens_BTD @ self._projection_DE
+        return PatchTokens(tokens_BTD, grid)
+
+    def _positions_on(self, grid: tuple[int, int]) -> Tensor:
+        """Positions interpolated to ``grid`` in float32 by a bicubic filter, as timm and open_clip do it."""
+        if grid not in self._positions:
+            assert self._parts.positions_1TD is not None
+            positions_1TD = resample_abs_pos_embed(
+                self._parts.positions_1TD.detach().float(),
+                new_size=list(grid),
+                old_size=list(self._parts.native_grid),
+                num_prefix_tokens=0,
+                antialias=self._parts.antialias_positions,
+            )
+            # Pictures come in few sizes, except in evaluation at their own: keep only the latest.
+            self._positions = {grid: positions_1TD.to(self.device, self.dtype)}
+        return self._positions[grid]
+
+
+def check_pictures(images_BCHW: Tensor, patch_size: int, stride: int) -> None:
+    """Refuse pictures that a tower cannot cut into patches (ValueError)."""
+    shape = tuple(images_BCHW.shape)
+    if images_BCHW.ndim != 4 or shape[1] != 3 or min(shape) < 1 or any(side % patch_size for side in shape[2:]):
+        raise ValueError(f"pictures must be (B, 3, H, W), H and W multiples of {patch_size}, not {shape}")
+    if not 1 <= stride <= patch_size:
+        raise ValueError(f"stride must be from 1 to the patch size {patch_size}, not {stride}")
+
+
+def blocks_up_to(blocks: Iterable[nn.Module], layer: int) -> list[nn.Module]:
+    """The blocks that lead to the output of block ``layer`` (counted from 0, or from the end if negative).
+
+    Raises:
+        IndexError: there is no such block.
+    """
+    every = list(blocks)
+    return every[: range(len(every))[layer] + 1]

@@ -1,0 +1,126 @@
+"""What the numbers in a data set's masks mean, and which words ask for them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import yaml
+
+from pacl_scale.errors import UserError
+
+NOT_SCORED = -1
+"""Class number of a pixel that does not count: void, or background under the rule "none"."""
+
+_UNKNOWN = -2
+
+
+@dataclass
+class ClassGroup:
+    """Classes scored apart from the others, and optionally asked for by other words."""
+
+    classes: list[int]
+    """Mask indices of the group. Its scores average over these; predictions still choose among all classes."""
+
+    words: dict[int, str | list[str]] = field(default_factory=dict)
+    """Other words for some of these classes (boat asked for as "ship"); the rest keep their own."""
+
+    def __post_init__(self) -> None:
+        if not self.classes:
+            raise ValueError("a group of classes needs at least one class")
+        if strangers := sorted(set(self.words) - set(self.classes)):
+            raise ValueError(f"a group has words for classes {strangers} that are not in it")
+
+
+@dataclass
+class ClassList:
+    """The classes of a data set: mask index to words, and the indices that are no class."""
+
+    words: dict[int, str | list[str]]
+    """Mask index to its word, or to a list of synonyms whose text vectors are averaged."""
+
+    void: int | None = 255
+    """Mask index of pixels that nobody labelled; never scored."""
+
+    background: int | None = None
+    """Mask index of "none of the classes"; such pixels are not scored (background rule "none")."""
+
+    groups: dict[str, ClassGroup] = field(default_factory=dict)
+    """Named subsets of the classes that get scores of their own."""
+
+    def __post_init__(self) -> None:
+        if len(self.words) < 2:
+            raise ValueError("a class list needs at least two classes")
+        for special in ("void", "background"):
+            if getattr(self, special) in self.words:
+                raise ValueError(f"the {special} index {getattr(self, special)} is also a class")
+        for name, group in self.groups.items():
+            if strangers := sorted(set(group.classes) - set(self.words)):
+                raise ValueError(f"group {name!r} has indices {strangers} that are no classes")
+        for word_set in self.word_sets():
+            seen: dict[str, int] = {}
+            for index, synonyms in zip(self.indices, self.synonyms(word_set), strict=True):
+                if not synonyms or not all(word.strip() for word in synonyms):
+                    raise ValueError(f"class {index} has no word")
+                for word in synonyms:
+                    if seen.setdefault(word, index) != index:
+                        raise ValueError(f"the word {word!r} names both class {seen[word]} and class {index}")
+
+    @property
+    def indices(self) -> list[int]:
+        """Mask indices in ascending order; a class's position here is its row in every table of scores."""
+        return sorted(self.words)
+
+    @property
+    def names(self) -> list[str]:
+        """The first word of each class."""
+        return [synonyms[0] for synonyms in self.synonyms()]
+
+    def word_sets(self) -> list[str | None]:
+        """The ways in which the classes are asked for: ``None`` (their own words) and groups with words."""
+        return [None, *(name for name, group in self.groups.items() if group.words)]
+
+    def synonyms(self, word_set: str | None = None) -> list[list[str]]:
+        """The words of each class, in the order of :attr:`indices`, under a word set."""
+        words = self.words | (self.groups[word_set].words if word_set is not None else {})
+        return [_as_list(words[index]) for index in self.indices]
+
+    def members(self, group: str) -> list[int]:
+        """Positions (not mask indices) of a group's classes."""
+        return [self.indices.index(index) for index in sorted(set(self.groups[group].classes))]
+
+    def positions(self, mask_HW: np.ndarray, name: str) -> np.ndarray:
+        """Mask indices (H, W) to positions (H, W) int64, :data:`NOT_SCORED` where a pixel does not count.
+
+        Raises:
+            UserError: the mask has an index that the class list does not explain.
+        """
+        size = max(65536 if mask_HW.dtype.itemsize > 1 else 256, int(mask_HW.max(initial=0)) + 1)
+        table = np.full(size, _UNKNOWN, np.int64)
+        for special in (self.void, self.background):
+            if special is not None:
+                table[special] = NOT_SCORED
+        for position, index in enumerate(self.indices):
+            table[index] = position
+        positions_HW = table[mask_HW]
+        if (positions_HW == _UNKNOWN).any():
+            strangers = sorted({int(value) for value in mask_HW[positions_HW == _UNKNOWN]})
+            raise UserError(f"{name}: the mask has the indices {strangers[:8]}, which the class list does not name")
+        return positions_HW
+
+
+def read_class_list(content: bytes, name: str) -> ClassList:
+    """A class list from YAML with the keys of :class:`ClassList`.
+
+    Raises:
+        UserError: not YAML, unknown keys, or classes that contradict each other.
+    """
+    try:
+        values: Any = yaml.safe_load(content)
+        groups = {key: ClassGroup(**group) for key, group in (values.pop("groups", None) or {}).items()}
+        return ClassList(**values, groups=groups)
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{name} is no class list ({' '.join(str(error).split())}); see docs/evaluation.md") from error
+
+
+def _as_list(words: str | list[str]) -> list[str]:
+    return [words] if isinstance(words, str) else list(words)

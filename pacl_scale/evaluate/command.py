@@ -1,0 +1,173 @@
+"""The command: configuration in, rows and examples in the run directory and a table on the terminal out."""
+
+import os
+import posixpath
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from pacl_scale import config, log, storage
+from pacl_scale.evaluate.examples import write_examples
+from pacl_scale.evaluate.methods import MAJORITY, PACL, PATCH_ORACLE, UNTRAINED, choose_device, load_methods
+from pacl_scale.evaluate.pictures import AnnotatedConfig, open_annotated
+from pacl_scale.evaluate.protocol import Protocol
+from pacl_scale.evaluate.retrieval import CaptionedConfig, evaluate_retrieval, open_captioned
+from pacl_scale.evaluate.rows import Row, write_row
+from pacl_scale.evaluate.segmentation import evaluate_segmentation
+
+PROG = "python -m pacl_scale.evaluate"
+
+
+@dataclass
+class EvaluateConfig:
+    """Zero-shot segmentation and retrieval of checkpoints beside their controls, on the same pass of the towers."""
+
+    checkpoint: str | None = None
+    """Run directory or checkpoint of the method `pacl`; the same as `methods.pacl`, and wins over it."""
+
+    methods: dict[str, str] = field(default_factory=dict)
+    """Method name to run directory or checkpoint, e.g. `{pacl: runs/a, mean_pooled: runs/b}`. All must have been
+    trained on the same towers. `pacl`, or else the first, is the one that examples are chosen by."""
+
+    controls: list[Literal["untrained", "majority_class", "patch_oracle"]] = field(
+        default_factory=lambda: [UNTRAINED, MAJORITY, PATCH_ORACLE]  # type: ignore[list-item]
+    )
+    """untrained: the main method's architecture with random weights. majority_class: the data set's most frequent
+    true class everywhere. patch_oracle: the true majority class of each patch, the patch grid's upper bound."""
+
+    untrained_seed: int = 0
+    """Seed of the random weights of `untrained`."""
+
+    segmentation: dict[str, AnnotatedConfig] = field(default_factory=dict)
+    """Name to annotated pictures; override one key with e.g. `segmentation.voc_annotated.root=FOLDER`."""
+
+    retrieval: dict[str, CaptionedConfig] = field(default_factory=dict)
+    """Name to captioned pictures."""
+
+    protocol: Protocol = field(default_factory=Protocol)
+    """How segmentation is measured; part of every row."""
+
+    output: str | None = None
+    """Run directory that gets `evals/`; not given, the main method's own."""
+
+    examples: int = 3
+    """So many best, median and worst pictures of each segmentation data set are drawn; 0 draws none."""
+
+    batch_size: int = 16
+    """Pictures that pass the vision tower together."""
+
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Compute dtype of the towers; embedder and scores are float32."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """"auto" takes CUDA where there is a GPU."""
+
+    threads: int = 0
+    """CPU threads of torch; 0 takes all cores of the process."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint is not None:
+            self.methods = {**self.methods, PACL: self.checkpoint}
+        if not self.methods:
+            raise ValueError("name a checkpoint (--checkpoint RUN) or methods")
+        if taken := sorted({UNTRAINED, MAJORITY, PATCH_ORACLE} & set(self.methods)):
+            raise ValueError(f"methods: {', '.join(taken)} is the name of a control")
+        for name in [*self.methods, *self.segmentation, *self.retrieval]:
+            if not name.replace("_", "").replace(".", "").isalnum():
+                raise ValueError(f"{name!r}: names may hold letters, digits, '_' and '.' only, as they name files")
+        if both := sorted(set(self.segmentation) & set(self.retrieval)):
+            raise ValueError(f"segmentation and retrieval both have a data set {both[0]!r}")
+        if not self.segmentation and not self.retrieval:
+            raise ValueError("name a data set under segmentation or retrieval (see configs/eval)")
+        if self.batch_size < 1 or self.examples < 0 or self.threads < 0:
+            raise ValueError("batch_size must be at least 1, examples and threads not negative")
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """Parse, evaluate, print; returns 0."""
+    settings: EvaluateConfig = config.parse(EvaluateConfig, argv, PROG)
+    log.configure()
+    rows = evaluate(settings)
+    print(table(rows))
+    return 0
+
+
+def evaluate(settings: EvaluateConfig) -> list[Row]:
+    """Measure all methods and controls on all data sets; rows and examples are written under the output.
+
+    Raises:
+        UserError: a checkpoint or a data set is missing or of the wrong kind.
+    """
+    annotated = {name: open_annotated(data) for name, data in settings.segmentation.items()}
+    captioned = {name: open_captioned(data) for name, data in settings.retrieval.items()}
+    main = PACL if PACL in settings.methods else next(iter(settings.methods))
+    checkpoints = {main: settings.methods[main], **settings.methods}
+    device = choose_device(settings.device)
+    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    seed = settings.untrained_seed if UNTRAINED in settings.controls else None
+    towers, methods = load_methods(checkpoints, seed, device, dtype)
+    output = settings.output or run_of(checkpoints[main])
+    storage.check_writable(output)
+
+    rows: list[Row] = []
+    for name, data in annotated.items():
+        found = evaluate_segmentation(
+            name, data, towers, methods, settings.protocol, settings.batch_size, settings.controls
+        )
+        if settings.examples:
+            write_examples(output, found, data, towers, methods, settings.protocol, settings.examples)
+        rows += found
+    for name, captions in captioned.items():
+        rows += evaluate_retrieval(name, captions, towers, methods, settings.batch_size)
+    for row in rows:
+        write_row(output, row)
+    return rows
+
+
+def run_of(path: str) -> str:
+    """The run directory of a checkpoint's path (``<run>/checkpoints/<step>``), or the path itself."""
+    parent, name = posixpath.split(path.rstrip("/"))
+    if name == "checkpoints":
+        return parent or "."
+    above, folder = posixpath.split(parent)
+    return (above or ".") if folder == "checkpoints" else path
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text, one block a data set."""
+    blocks = []
+    for data_set in dict.fromkeys(row.data_set for row in rows):
+        own = [row for row in rows if row.data_set == data_set]
+        lines = [["method", *columns(own[0])]] + [[row.method, *map(_cell, columns(row).values())] for row in own]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        texts = ["  ".join(_aligned(line, widths)) for line in lines]
+        head = f"{data_set}: {own[0].pictures} pictures, protocol {own[0].protocol['name']}, {own[0].seconds:.0f} s"
+        blocks.append("\n".join([head, texts[0], "-" * len(texts[0]), *texts[1:]]))
+    return "\n\n".join(blocks)
+
+
+def columns(row: Row) -> dict[str, float | None]:
+    """The figures of a row that a table shows, by heading, as shares."""
+    scores = row.scores
+    if row.task == "retrieval":
+        ways = {"picture to text": scores["image_to_text"], "text to picture": scores["text_to_image"]}
+        return {f"{rank} {way}": value for way, recall in ways.items() for rank, value in recall.items()}
+    groups = {f"mIoU {name.replace('_', ' ')}": group["miou"] for name, group in scores["groups"].items()}
+    return {
+        "mIoU": scores["miou"],
+        "pixel accuracy": scores["pixel_accuracy"],
+        "class accuracy": scores["mean_class_accuracy"],
+        "mIoU per picture": scores["miou_per_picture"],
+        **groups,
+    }
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _aligned(line: Sequence[str], widths: Sequence[int]) -> list[str]:
+    return [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]

@@ -1,0 +1,144 @@
+"""Image-text retrieval with PACL's compatibility phi on held-out pictures with several captions each."""
+
+import csv
+import io
+import posixpath
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pacl_scale import log, storage
+from pacl_scale.errors import UserError
+from pacl_scale.evaluate.methods import Method, Towers
+from pacl_scale.evaluate.pictures import read_ahead, read_picture
+from pacl_scale.evaluate.protocol import as_input
+from pacl_scale.evaluate.rows import Row
+from pacl_scale.similarity import patch_text_similarity
+
+# I pictures, N texts, B pictures of a batch, T patches.
+
+RANKS = (1, 5, 10)
+READERS = 4
+
+
+@dataclass
+class CaptionedConfig:
+    """Captioned pictures: a CSV file and a folder."""
+
+    csv: str
+    """CSV file with the columns `image` (file name) and `caption`, one line a caption."""
+
+    pictures: str = ""
+    """Folder of the pictures; if not given, `images` beside the CSV file."""
+
+    limit: int = 0
+    """Only the first so many pictures of the file; 0 takes all."""
+
+    def __post_init__(self) -> None:
+        if self.limit < 0:
+            raise ValueError("limit cannot be negative")
+
+
+@dataclass
+class CaptionedPictures:
+    """Pictures, the distinct texts that describe them, and which describes which."""
+
+    addresses: list[str]
+    texts: list[str]
+    true_IN: Tensor
+    """(I, N) bool. A text that captions several pictures is one text and true of each of them."""
+
+
+def open_captioned(config: CaptionedConfig) -> CaptionedPictures:
+    """Read the CSV file.
+
+    Raises:
+        UserError: no such file, a column is missing, or no line has a caption.
+    """
+    content = storage.read_bytes(config.csv)
+    try:
+        lines = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline="")))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{config.csv} is no CSV file in UTF-8 ({error})") from error
+    if lines and not {"image", "caption"} <= set(lines[0]):
+        raise UserError(f"{config.csv} needs the columns image and caption; it has {', '.join(map(str, lines[0]))}")
+    captions: dict[str, list[str]] = {}
+    for line in lines:
+        if line["image"] and (line["caption"] or "").strip():
+            captions.setdefault(line["image"], []).append(line["caption"].strip())
+    images = list(captions)[: config.limit or None]
+    if len(images) < 2:
+        raise UserError(f"{config.csv} has captions of {len(images)} pictures; retrieval needs at least two")
+    texts = list(dict.fromkeys(text for image in images for text in captions[image]))
+    column = {text: number for number, text in enumerate(texts)}
+    true_IN = torch.zeros(len(images), len(texts), dtype=torch.bool)
+    for row, image in enumerate(images):
+        true_IN[row, [column[text] for text in captions[image]]] = True
+    folder = config.pictures or storage.join(posixpath.dirname(config.csv), "images")
+    return CaptionedPictures([storage.join(folder, image) for image in images], texts, true_IN)
+
+
+@torch.no_grad()
+def evaluate_retrieval(
+    name: str, data: CaptionedPictures, towers: Towers, methods: Sequence[Method], batch_size: int
+) -> list[Row]:
+    """R@1, R@5 and R@10 both ways, one row a method; each picture and each text is encoded once.
+
+    Pictures are shown whole and square at the tower's own size, captions as they are.
+    """
+    started = time.monotonic()
+    texts_ND = towers.text.encode(data.texts).to(towers.device)
+    phi: dict[str, list[Tensor]] = {method.name: [] for method in methods}
+    side = towers.vision.preprocess.image_size
+
+    def prepare(address: str) -> Tensor:
+        return as_input(read_picture(address), (side, side), towers.vision.preprocess)
+
+    batches = [data.addresses[start : start + batch_size] for start in range(0, len(data.addresses), batch_size)]
+    pictures = read_ahead(data.addresses, prepare, READERS)
+    for batch in log.progress(batches, f"evaluate {name}", unit="batch"):
+        pixels_B3HW = torch.stack([next(pictures) for _ in batch]).to(towers.device)
+        tokens_BTD = towers.vision.encode(pixels_B3HW).tokens
+        for method in methods:
+            phi_BN = patch_text_similarity(
+                method.embed(tokens_BTD), texts_ND, attention_scale=method.attention_scale, pooling=method.pooling
+            )
+            phi[method.name].append(phi_BN.float().cpu())
+    seconds = round(time.monotonic() - started, 3)
+    return [
+        Row(
+            task="retrieval",
+            data_set=name,
+            protocol={"name": "retrieval", "resize": "square", "size": side, "ties": "count against", "text": "caption"},
+            method=method.name,
+            checkpoint=method.checkpoint | {"attention_scale": method.attention_scale, "pooling": method.pooling},
+            towers=towers.config,
+            pictures=len(data.addresses),
+            scores=recalls(torch.cat(phi[method.name]), data.true_IN),
+            seconds=seconds,
+        )
+        for method in methods
+    ]
+
+
+def recalls(phi_IN: Tensor, true_IN: Tensor) -> dict[str, Any]:
+    """Recall at :data:`RANKS` from all compatibilities (I, N) and the true pairs (I, N) bool."""
+    return {
+        "image_to_text": _recall(phi_IN, true_IN),
+        "text_to_image": _recall(phi_IN.T, true_IN.T),
+        "texts": phi_IN.shape[1],
+    }
+
+
+def _recall(phi_QK: Tensor, true_QK: Tensor) -> dict[str, float]:
+    """Share of queries whose best true answer has fewer than k wrong answers at or above its score.
+
+    Counting equal scores as above keeps a model that gives one score to everything from looking perfect.
+    """
+    best_Q1 = phi_QK.masked_fill(~true_QK, -torch.inf).amax(dim=1, keepdim=True)
+    ahead_Q = ((phi_QK >= best_Q1) & ~true_QK).sum(dim=1)
+    return {f"R@{k}": float((ahead_Q < k).double().mean()) for k in RANKS}

@@ -1,0 +1,16 @@
+"""The ways to compute all-pairs patch-text similarity; ``README.md`` beside this file derives their equations.
+
+* :mod:`~pacl_scale.kernels.eager`: the definition, line by line; the oracle of every test.
+* :mod:`~pacl_scale.kernels.tiled`: any device, any size; recomputes in backward.
+* :mod:`~pacl_scale.kernels.triton`: CUDA; one fused kernel forward, one or two backward.
+
+Each offers ``pool(patches_BTD, texts_ND, scale, pooling, mask_BT)``, where the texts are unit vectors already and the
+patches are not. Call them through :func:`pacl_scale.similarity.patch_text_similarity`.
+"""
+
+VECTOR_FLOOR = 1e-6
+"""A vector shorter than this is divided by this instead of by its length when it is normalised."""
+
+POOLED_FLOOR = 1e-4
+"""A pooled image vector shorter than this counts as this long. Its square is the resolution of float32, in which
+``a.(G a)`` is accumulated: patches that cancel out give a small similarity instead of a random one."""

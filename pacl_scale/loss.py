@@ -1,0 +1,449 @@
+"""The contrastive loss over all pairs of the global batch, exact for any number of ranks.
+
+Legend: b images and n texts of this rank, N texts of all ranks, D width.
+
+Each rank computes the similarity of its own images with every rank's texts, so rows of the (images x texts) table are
+whole where they are, and only texts have crossed the wire. The text-to-image direction needs a log-sum-exp over the
+rows of all ranks: one all-reduce of maxima and one of sums, each of a few numbers a text. ``docs/similarity.md`` has
+the traffic as a formula, and as counted.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup, ReduceOp
+
+from pacl_scale.similarity import Backend, Pooling, patch_text_similarity
+
+OtherPositives = Literal["ignore", "target"]
+"""What to do with texts that are true of an image without being its own: leave the pair out of the loss, or let them
+share the target."""
+
+# torch 2.14 gave these two new names and deprecated the old ones.
+_NEW_NAMES = hasattr(distributed, "all_gather_single")
+_ALL_GATHER = "all_gather_single" if _NEW_NAMES else "all_gather_into_tensor"
+_REDUCE_SCATTER = "reduce_scatter_single" if _NEW_NAMES else "reduce_scatter_tensor"
+
+ROW_BLOCK_NUMBERS = 1 << 22
+"""Logits are made for this many pairs at a time, so that nothing but phi and its gradient is as large as the table."""
+
+
+@dataclass
+class LossConfig:
+    """The all-pairs similarity and the contrastive loss over it."""
+
+    attention_scale: float = 10.0
+    """Inverse temperature of the attention over patches (k); 0 pools all patches alike (the standing control)."""
+    pooling: Pooling = "cosine"
+    """How patches become one number: cosine of the pooled vector (the paper), mean (not normalised), max (FILIP)."""
+    backend: Backend = "auto"
+    """Who computes the similarity: auto, eager (small sizes), tiled (any device), triton (CUDA)."""
+    temperature: float = 0.07
+    """Temperature of the contrastive loss (tau) at the start; similarities are divided by it. CLIP's value."""
+    learn_temperature: bool = True
+    """Whether the temperature is trained, as CLIP does, or stays as it is."""
+    min_temperature: float = 0.01
+    """A trained temperature does not fall below this (CLIP's: a logit scale of at most 100)."""
+    other_positives: OtherPositives = "ignore"
+    """Texts that are true of an image without being its own (a caption that occurs twice, a noun that another picture
+    shows too): ignore leaves such pairs out of the loss, target lets them share the target."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread evenly over all pairs that are not ignored."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.min_temperature <= self.temperature:
+            raise ValueError("min_temperature must be above 0 and at most temperature")
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing must be at least 0 and below 1, not {self.label_smoothing}")
+
+
+class LogitScale(nn.Module):
+    """The inverse temperature 1/tau: a parameter (of its logarithm) if ``config.learn_temperature``, else constant."""
+
+    def __init__(self, config: LossConfig) -> None:
+        super().__init__()
+        self.max_log_scale = -math.log(config.min_temperature)
+        # One dimension, because engines that shard parameters do not take a zero-dimensional one.
+        start = torch.tensor([-math.log(config.temperature)])
+        self.log_scale = nn.Parameter(start, requires_grad=config.learn_temperature)
+
+    def forward(self) -> Tensor:
+        """The logit scale, a zero-dimensional float32 tensor."""
+        return self.log_scale.float().clamp(max=self.max_log_scale).exp().squeeze(0)
+
+
+@dataclass(frozen=True)
+class GlobalTexts:
+    """The texts of all ranks in the order of ranks, as :meth:`PACLLoss.gather` returns them."""
+
+    vectors_ND: Tensor
+    """(N, D) text vectors; a gradient on them is summed over ranks and returned to the rank that gave the text."""
+    ids_N: Tensor | None
+    """(N,) identifiers of what the texts say, or None."""
+    own: slice
+    """Which of them are this rank's."""
+
+
+class PACLLoss(nn.Module):
+    """Symmetric InfoNCE over the similarity of every image with every text of the global batch.
+
+    The image-to-text term of an image is the cross entropy of its row, the text-to-image term of a text that of its
+    column; the loss is the mean of both means. The target of a row is spread evenly over the image's own texts, and
+    the target of a column is the image that owns the text. Pairs that are true without being own (known from
+    ``text_ids``) are no negatives: see :data:`OtherPositives`.
+
+    Every rank returns the same value, the loss of the global batch. Gradients are scaled such that their **mean** over
+    ranks (what DDP and DeepSpeed make) is the gradient that one process would have computed on the whole batch.
+    """
+
+    def __init__(self, config: LossConfig | None = None, group: ProcessGroup | None = None) -> None:
+        """``group``: the process group of the ranks that share a global batch; default: the default group, if any."""
+        super().__init__()
+        self.config = config or LossConfig()
+        self.group = group
+
+    def forward(
+        self,
+        patches: Tensor,
+        texts: Tensor,
+        logit_scale: Tensor | float,
+        *,
+        text_ids: Tensor | None = None,
+        image_text_ids: Tensor | None = None,
+        text_owner: Tensor | None = None,
+        patch_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of the global batch; called on every rank of the group, with batches of any sizes above 0.
+
+        Args:
+            patches: (b, T, D) patch vectors of this rank's images.
+            texts: (n, D) vectors of this rank's texts.
+            logit_scale: 1/tau, fixed (float) or learned (tensor of one number).
+            text_ids: (n,) int64, at least 0, equal for texts that say the same; on all ranks or on none.
+            image_text_ids: (b, K) int64, ids of every text that is true of the image, padded with -1.
+            text_owner: (n,) int64, which of this rank's images a text belongs to; default: text i to image i.
+            patch_mask: (b, T) booleans, true for the patches that count.
+
+        Returns:
+            The loss, zero-dimensional.
+
+        Raises:
+            ValueError: shapes that do not fit, or a rank without a text (then on every rank).
+        """
+        gathered = self.gather(texts, text_ids)
+        phi = self.similarity(patches, gathered, patch_mask)
+        return self.from_similarity(phi, gathered, logit_scale, image_text_ids=image_text_ids, text_owner=text_owner)
+
+    def gather(self, texts: Tensor, text_ids: Tensor | None = None) -> GlobalTexts:
+        """All ranks' texts. The gradient comes back by one reduce-scatter, if ``texts`` require one, else by nothing.
+
+        Args and errors: see :meth:`forward`.
+        """
+        if text_ids is not None and text_ids.shape != texts.shape[:1]:
+            raise ValueError(f"text_ids must be of shape {tuple(texts.shape[:1])}, not {tuple(text_ids.shape)}")
+        counts = _counts(texts, self.group)
+        if 0 in counts:
+            raise ValueError(f"every rank needs at least one text; rank {counts.index(0)} of the group has none")
+        start = sum(counts[: _rank(self.group)])
+        vectors = cast(Tensor, _Gather.apply(texts, counts, self.group))
+        ids = None if text_ids is None else _gather(text_ids, counts, self.group)
+        return GlobalTexts(vectors, ids, slice(start, start + len(texts)))
+
+    def similarity(self, patches: Tensor, texts: GlobalTexts, patch_mask: Tensor | None = None) -> Tensor:
+        """phi (b, N) of images of this rank with the texts of all ranks, by this loss's configuration."""
+        return patch_text_similarity(
+            patches,
+            texts.vectors_ND,
+            attention_scale=self.config.attention_scale,
+            pooling=self.config.pooling,
+            backend=self.config.backend,
+            patch_mask=patch_mask,
+        )
+
+    def from_similarity(
+        self,
+        phi: Tensor,
+        texts: GlobalTexts,
+        logit_scale: Tensor | float,
+        *,
+        image_text_ids: Tensor | None = None,
+        text_owner: Tensor | None = None,
+    ) -> Tensor:
+        """The loss from phi alone, for exact accumulation over micro-batches.
+
+        Gather the texts of all micro-batches at once, compute ``similarity`` of each micro-batch without a graph,
+        concatenate the rows, take this loss's gradient with respect to them, and then run each micro-batch again
+        with its rows of that gradient: the result is that of one large batch.
+
+        Args:
+            phi: (b, N) similarities of all of this rank's images with all ranks' texts.
+            texts: what :meth:`gather` returned.
+            logit_scale, image_text_ids, text_owner: see :meth:`forward`.
+        """
+        pairs = _Pairs.build(phi, texts, image_text_ids, text_owner, self.config.other_positives)
+        scale = torch.as_tensor(logit_scale, dtype=phi.dtype, device=phi.device).reshape(())
+        return cast(Tensor, _CrossEntropy.apply(phi, scale, pairs, self.config.label_smoothing, self.group))
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Which pairs are targets and which are left out; the masks are made for a few rows at a time."""
+
+    own_bK: Tensor
+    """Columns of an image's own texts, padded with -1."""
+    true_bK: Tensor | None
+    """Ids of texts that are true of the image, padded with -1."""
+    ids_N: Tensor | None
+    others: OtherPositives
+    columns_N: Tensor = field(repr=False)
+
+    @staticmethod
+    def build(
+        phi: Tensor, texts: GlobalTexts, image_ids: Tensor | None, owner: Tensor | None, others: OtherPositives
+    ) -> "_Pairs":
+        images, n = len(phi), texts.own.stop - texts.own.start
+        if phi.dim() != 2 or phi.shape[1] != len(texts.vectors_ND):
+            raise ValueError(f"phi must be (images, {len(texts.vectors_ND)}), not {tuple(phi.shape)}")
+        if image_ids is not None and (texts.ids_N is None or image_ids.dim() != 2 or len(image_ids) != images):
+            raise ValueError("image_text_ids must have one row an image, and need text_ids beside them")
+        if owner is None and images != n:
+            raise ValueError(f"{n} texts for {images} images need text_owner to say which belongs to which")
+        if owner is not None and (len(owner) != n or not bool(((owner >= 0) & (owner < images)).all())):
+            raise ValueError(f"text_owner must give one of {images} images for each of {n} texts")
+        columns = torch.arange(phi.shape[1], device=phi.device)
+        own = _table(columns[texts.own], owner, images)
+        true = None
+        if texts.ids_N is not None:
+            true = _table(texts.ids_N[texts.own], owner, images)
+            true = true if image_ids is None else torch.cat([true, image_ids], dim=1)
+        return _Pairs(own, true, texts.ids_N, others, columns)
+
+    def masks(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Which pairs of these rows are targets, and which are left out (None: no pair)."""
+        own = _members(self.own_bK[rows], self.columns_N)
+        if self.true_bK is None or self.ids_N is None:
+            return own, None
+        true = _members(self.true_bK[rows], self.ids_N)
+        return (own | true, None) if self.others == "target" else (own, true & ~own)
+
+
+def _table(values_n: Tensor, owner_n: Tensor | None, images: int) -> Tensor:
+    """(images, K): the values of each image's texts, padded with -1."""
+    if owner_n is None:
+        return values_n.unsqueeze(1)
+    order = torch.argsort(owner_n, stable=True)
+    counts = torch.bincount(owner_n, minlength=images)
+    first = torch.cumsum(counts, 0) - counts
+    place = torch.arange(len(order), device=order.device) - first[owner_n[order]]
+    table = values_n.new_full((images, int(counts.max())), -1)
+    table[owner_n[order], place] = values_n[order]
+    return table
+
+
+def _members(table_bK: Tensor, values_N: Tensor) -> Tensor:
+    """(b, N): whether the value stands in the row's table."""
+    found = table_bK[:, :1] == values_N
+    for column in table_bK[:, 1:].unbind(1):
+        found |= column.unsqueeze(1) == values_N
+    return found
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The loss and, at the same time, its gradient, a block of rows at a time.
+
+    A row and a column alike have targets Q and included pairs A. Their term is
+    log(sum over A of exp l) - (1 - smoothing) * mean of l over Q - smoothing * mean of l over A, for logits l.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, phi_bN: Tensor, scale: Tensor, pairs: _Pairs, smoothing: float, group: ProcessGroup | None
+    ) -> Tensor:
+        rows = _Sums.of_rows(phi_bN, scale, pairs)
+        columns = _Sums.of_columns(phi_bN, scale, pairs, group)
+        # An image without a text of its own has no target: it serves as a negative only.
+        has_text = rows.targets > 0
+        row_terms = torch.where(has_text, rows.terms(smoothing), 0.0)
+        totals = torch.stack([row_terms.sum(), has_text.sum().to(phi_bN.dtype)])
+        _all_reduce(totals, ReduceOp.SUM, group)
+        images = totals[1]
+        row_weights = 0.5 * has_text / images
+        column_weights = torch.full_like(columns.targets, 0.5 / phi_bN.shape[1])
+        loss = 0.5 * totals[0] / images + (columns.terms(smoothing) * column_weights).sum()
+        if any(ctx.needs_input_grad[:2]):
+            grads = _gradient(phi_bN, scale, pairs, smoothing, (rows, row_weights), (columns, column_weights))
+            ctx.world_size = _world_size(group)
+            ctx.save_for_backward(*grads)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_phi, grad_scale = ctx.saved_tensors
+        # The engine divides by the number of ranks; every rank's rows belong to the one global loss.
+        up = grads[0] * ctx.world_size
+        return grad_phi * up, grad_scale * up, None, None, None
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What the cross entropies of a set of rows, or of columns, need of their logits."""
+
+    log_sum: Tensor
+    """Log-sum-exp over included pairs."""
+    targets: Tensor
+    """How many pairs are targets."""
+    target_sum: Tensor
+    """Sum of the logits of targets."""
+    included: Tensor
+    """How many pairs are included."""
+    included_sum: Tensor
+    """Sum of the logits of included pairs."""
+
+    def terms(self, smoothing: float) -> Tensor:
+        hard = self.log_sum - (1 - smoothing) * self.target_sum / self.targets
+        return hard - smoothing * self.included_sum / self.included
+
+    @staticmethod
+    def of_rows(phi_bN: Tensor, scale: Tensor, pairs: _Pairs) -> "_Sums":
+        parts = []
+        for rows in _row_blocks(phi_bN):
+            logits, target, left_out = _logits(phi_bN, scale, pairs, rows)
+            log_sum = torch.logsumexp(_without(logits, left_out, float("-inf")), 1)
+            parts.append(torch.stack([log_sum, *_linear_sums(logits, target, left_out, 1)]))
+        return _Sums(*torch.cat(parts, dim=1))
+
+    @staticmethod
+    def of_columns(phi_bN: Tensor, scale: Tensor, pairs: _Pairs, group: ProcessGroup | None) -> "_Sums":
+        highest = phi_bN.new_full((phi_bN.shape[1],), float("-inf"))
+        for rows in _row_blocks(phi_bN):
+            logits, _, left_out = _logits(phi_bN, scale, pairs, rows)
+            highest = torch.maximum(highest, _without(logits, left_out, float("-inf")).amax(0))
+        _all_reduce(highest, ReduceOp.MAX, group)
+        sums = phi_bN.new_zeros(5, phi_bN.shape[1])
+        for rows in _row_blocks(phi_bN):
+            logits, target, left_out = _logits(phi_bN, scale, pairs, rows)
+            exponentials = (_without(logits, left_out, float("-inf")) - highest).exp_().sum(0)
+            sums += torch.stack([exponentials, *_linear_sums(logits, target, left_out, 0)])
+        _all_reduce(sums, ReduceOp.SUM, group)
+        return _Sums(highest + sums[0].log(), *sums[1:])
+
+
+def _gradient(
+    phi_bN: Tensor,
+    scale: Tensor,
+    pairs: _Pairs,
+    smoothing: float,
+    rows_and_weights: tuple[_Sums, Tensor],
+    columns_and_weights: tuple[_Sums, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Of the global loss, with respect to this rank's phi and, as far as its rows go, to the logit scale."""
+    grad_bN, grad_scale = torch.empty_like(phi_bN), torch.zeros_like(scale)
+    (row_sums, row_weights), (sums, weights) = rows_and_weights, columns_and_weights
+    for rows in _row_blocks(phi_bN):
+        logits, target, left_out = _logits(phi_bN, scale, pairs, rows)
+        grad = grad_bN[rows].zero_()
+        for log_sum, targets, included, weight in (
+            (*(x[rows].unsqueeze(1) for x in (row_sums.log_sum, row_sums.targets, row_sums.included, row_weights)),),
+            (sums.log_sum, sums.targets, sums.included, weights),
+        ):
+            # A row without a target has weight 0, and must not turn 0/0 into nan.
+            grad += weight * (logits - log_sum).exp_()
+            grad -= target * (weight * (1 - smoothing) / targets.clamp(min=1))
+            if smoothing:
+                grad -= weight * smoothing / included.clamp(min=1)
+        if left_out is not None:
+            grad.masked_fill_(left_out, 0.0)
+        grad_scale += (grad * phi_bN[rows]).sum()
+        grad *= scale
+    return grad_bN, grad_scale
+
+
+def _row_blocks(phi_bN: Tensor) -> Iterator[slice]:
+    step = max(1, ROW_BLOCK_NUMBERS // phi_bN.shape[1])
+    for start in range(0, len(phi_bN), step):
+        yield slice(start, min(start + step, len(phi_bN)))
+
+
+def _logits(phi_bN: Tensor, scale: Tensor, pairs: _Pairs, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+    return phi_bN[rows] * scale, *pairs.masks(rows)
+
+
+def _without(logits: Tensor, left_out: Tensor | None, value: float) -> Tensor:
+    return logits if left_out is None else logits.masked_fill(left_out, value)
+
+
+def _linear_sums(logits: Tensor, target: Tensor, left_out: Tensor | None, axis: int) -> tuple[Tensor, ...]:
+    """Number and sum of targets, number and sum of included pairs, along ``axis``."""
+    kept = torch.ones_like(target) if left_out is None else ~left_out
+    zeroed = _without(logits, left_out, 0.0)
+    targets = target.sum(axis).to(logits.dtype), (target * logits).sum(axis)
+    return *targets, kept.sum(axis).to(logits.dtype), zeroed.sum(axis)
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenation over ranks; the gradient is summed over ranks and each keeps its part."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
+        ctx.counts, ctx.group = counts, group
+        return _gather(local, counts, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _reduce_scatter(grads[0], ctx.counts, ctx.group), None, None
+
+
+def _gather(local: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
+    """(sum of counts, ...) from (own count, ...). Ranks with fewer rows than the longest send padding."""
+    if len(counts) == 1:
+        return local.clone()
+    longest = max(counts)
+    padded = local.new_zeros(longest, *local.shape[1:])
+    padded[: len(local)] = local
+    everything = local.new_empty(len(counts) * longest, *local.shape[1:])
+    getattr(distributed, _ALL_GATHER)(everything, padded, group=group)
+    parts = everything.view(len(counts), longest, *local.shape[1:])
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def _reduce_scatter(everything: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
+    """The adjoint of :func:`_gather`."""
+    if len(counts) == 1:
+        return everything.clone()
+    longest = max(counts)
+    padded = everything.new_zeros(len(counts), longest, *everything.shape[1:])
+    for rank, part in enumerate(everything.split(counts)):
+        padded[rank, : len(part)] = part
+    own = everything.new_empty(longest, *everything.shape[1:])
+    getattr(distributed, _REDUCE_SCATTER)(own, padded.flatten(0, 1), group=group)
+    return own[: counts[distributed.get_rank(group)]]
+
+
+def _counts(texts: Tensor, group: ProcessGroup | None) -> list[int]:
+    """How many texts each rank has."""
+    if _world_size(group) == 1:
+        return [len(texts)]
+    own = torch.tensor([len(texts)], device=texts.device)
+    counts = own.new_empty(_world_size(group))
+    getattr(distributed, _ALL_GATHER)(counts, own, group=group)
+    return counts.tolist()
+
+
+def _all_reduce(values: Tensor, operation: Any, group: ProcessGroup | None) -> None:
+    if _world_size(group) > 1:
+        distributed.all_reduce(values, op=operation, group=group)
+
+
+def _world_size(group: ProcessGroup | None) -> int:
+    return distributed.get_world_size(group) if distributed.is_initialized() else 1
+
+
+def _rank(group: ProcessGroup | None) -> int:
+    return distributed.get_rank(group) if distributed.is_initialized() else 0

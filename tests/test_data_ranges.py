@@ -1,0 +1,164 @@
+"""Reads over a bad line: nothing lost, nothing doubled, and what cannot be helped is said."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from data_sets import write_pairs
+from faulty_proxy import FAULTS, FaultyProxy
+from test_data_stream import config, open_stream, rows_of
+
+from pacl_scale.data import PairStream, ReadConfig, build_index
+from pacl_scale.data.index import SampleIndex
+from pacl_scale.data.ranges import Closed, FileClient, PassingFault, Piece, ShardReader
+from pacl_scale.errors import UserError
+from pacl_scale.quickstart.store import ObjectStore
+
+# One request in few must be spoiled, and a spoiled one be tried again soon.
+READ = ReadConfig(chunk_samples=3, window_chunks=4, read_ahead_mb=1, fetch_threads=4, timeout_s=0.5, retries=8)
+
+
+@pytest.fixture(scope="module")
+def bucket(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A data set on the store, and the same one on disk."""
+    local = tmp_path_factory.mktemp("pairs")
+    write_pairs(local, [40, 50, 30])
+    for path in local.iterdir():
+        store.client().put_object(Bucket="tests", Key=f"faults/{path.name}", Body=path.read_bytes())
+    return "s3://tests/faults", local
+
+
+def epoch(stream: PairStream) -> list[object]:
+    with stream:
+        return [row for _, batch in zip(range(12), stream, strict=False) for row in rows_of(batch)]
+
+
+@pytest.mark.s3
+def test_store_and_disk_give_the_same(bucket: tuple[str, Path]) -> None:
+    url, local = bucket
+    assert epoch(open_stream(config(url), 10)) == epoch(open_stream(config(local), 10))
+
+
+@pytest.mark.s3
+def test_an_index_can_be_built_on_the_store(bucket: tuple[str, Path]) -> None:
+    url, local = bucket
+    built, wanted = build_index(url), SampleIndex.load(str(local))
+    assert built.shards == wanted.shards
+    assert (built.offset == wanted.offset).all()
+    assert (SampleIndex.load(url).key == wanted.key).all()
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_is_outlived(
+    bucket: tuple[str, Path], store: ObjectStore, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    url, local = bucket
+    with FaultyProxy(store.endpoint, share=0.25, faults=(fault,)) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        stream = open_stream(config(url, read=READ), 10)
+        proxy.spoiled.clear()
+        rows, retried = [], 0
+        with stream:
+            for _, batch in zip(range(12), stream, strict=False):
+                rows += rows_of(batch)
+                retried = stream.retried.total()
+        assert proxy.spoiled[fault] > 3
+        assert retried >= 1
+    assert rows == epoch(open_stream(config(local, read=READ), 10))
+
+
+@pytest.mark.s3
+def test_a_store_that_stays_broken_ends_the_run(
+    bucket: tuple[str, Path], store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = SampleIndex.load(bucket[0])
+    with FaultyProxy(store.endpoint, share=1.0, faults=("503",)) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        reader = ShardReader(index, 1, 1.0, retries=2)
+        with pytest.raises(UserError, match=r"00000\.tar: the store still fails after 3 tries \(503 SlowDown\)"):
+            reader.read(0, 0, 512)
+        assert proxy.requests == 3
+
+
+@pytest.mark.s3
+def test_shards_gone_or_grown_on_the_store(store: ObjectStore, tmp_path: Path) -> None:
+    write_pairs(tmp_path, [4, 4, 4])
+    client = store.client()
+    for path in tmp_path.iterdir():
+        client.put_object(Bucket="tests", Key=f"changes/{path.name}", Body=path.read_bytes())
+    reader = ShardReader(SampleIndex.load("s3://tests/changes"), 1, 5.0, 0)
+    first = reader.read(0, 0, 1024)
+    # Replaced by as many bytes: only the ETag tells.
+    body = (tmp_path / "00000.tar").read_bytes()
+    client.put_object(Bucket="tests", Key="changes/00000.tar", Body=body[:-1] + b"\1")
+    with pytest.raises(UserError, match=r"s3://tests/changes/00000\.tar was replaced while it was being read"):
+        reader.read(0, 0, 1024)
+    client.put_object(Bucket="tests", Key="changes/00001.tar", Body=body + bytes(512))
+    with pytest.raises(UserError, match=r"00001\.tar has [\d,]+ bytes, but [\d,]+ when it was indexed"):
+        reader.read(1, 0, 1024)
+    client.delete_object(Bucket="tests", Key="changes/00002.tar")
+    with pytest.raises(UserError, match=r"00002\.tar was indexed but is gone"):
+        reader.read(2, 0, 1024)
+    assert first == body[:1024]
+
+
+@pytest.mark.s3
+def test_wrong_secret_is_refused_in_a_sentence(bucket: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    index = SampleIndex.load(bucket[0])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(UserError, match="access was refused"):
+        ShardReader(index, 1, 5.0, 3).read(0, 0, 512)
+
+
+def test_other_protocols_go_through_fsspec(tmp_path: Path) -> None:
+    import fsspec
+
+    write_pairs(tmp_path, [4, 4])
+    memory = fsspec.filesystem("memory")
+    for path in tmp_path.iterdir():
+        memory.pipe_file(f"/other/{path.name}", path.read_bytes())
+    reader = ShardReader(SampleIndex.load("memory://other"), 1, 5.0, 0)
+    assert reader.read(1, 512, 1024) == (tmp_path / "00001.tar").read_bytes()[512:1024]
+    memory.pipe_file("/other/00001.tar", b"")
+    reader = ShardReader(SampleIndex.load("memory://other"), 1, 5.0, 0)
+    with pytest.raises(UserError, match=r"00001\.tar has 0 bytes"):
+        reader.read(1, 512, 1024)
+    memory.rm("/other", recursive=True)
+
+
+def test_waits_grow_and_end_when_the_stream_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pairs(tmp_path, [2])
+    index = SampleIndex.load(str(tmp_path))
+    tries: list[float] = []
+
+    def fail(self: FileClient, name: str, start: int, stop: int) -> Piece:
+        tries.append(time.monotonic())
+        raise PassingFault("EIO")
+
+    monkeypatch.setattr(FileClient, "get", fail)
+    reader = ShardReader(index, 1, 1.0, retries=3)
+    with pytest.raises(UserError, match=r"after 4 tries \(EIO\)"):
+        reader.read(0, 0, 512)
+    waits = [b - a for a, b in zip(tries, tries[1:], strict=False)]
+    assert len(waits) == 3
+    assert all(0.05 * 2**n <= wait < 0.1 * 2**n + 0.2 for n, wait in enumerate(waits))
+    assert reader.retried == {"EIO": 4}
+    reader.close()
+    with pytest.raises(Closed):
+        reader.read(0, 0, 512)
+
+
+def test_memory_is_bounded_by_the_read_ahead(tmp_path: Path) -> None:
+    """However slow the consumer, no more than the budget is read ahead of it, beside the window in use."""
+    write_pairs(tmp_path, [400])
+    read = ReadConfig(chunk_samples=2, window_chunks=2, read_ahead_mb=1, fetch_threads=2)
+    with open_stream(config(tmp_path, read=read), 4, world_size=1) as stream:
+        iterator = iter(stream)
+        for _ in range(20):
+            next(iterator)
+            run = stream._running
+            assert run is not None
+            assert run._ahead._held <= (1 << 20) + 4 * 4096
+    assert torch.get_num_threads() >= 1

@@ -1,0 +1,64 @@
+"""Starting ranks, agreeing, and coming back with the right exit status."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pacl_scale import distributed
+from pacl_scale.distributed import DistributedConfig
+from pacl_scale.errors import EXIT_USER_ERROR, UserError
+
+RANK_PROGRAM = """
+import os, sys
+from pathlib import Path
+from pacl_scale import distributed
+from pacl_scale.distributed import DistributedConfig
+
+with distributed.joined(DistributedConfig(device="cpu")) as world:
+    Path(sys.argv[1], f"{world.rank}-of-{world.size}").touch()
+    if len(sys.argv) > 2 and world.rank == 1:
+        os._exit(int(sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An importable module that joins, leaves a file, and may end with a status."""
+    (tmp_path / "rank_program.py").write_text(RANK_PROGRAM)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    return "rank_program"
+
+
+@pytest.mark.distributed
+def test_launch_starts_every_rank(module: str, tmp_path: Path) -> None:
+    assert distributed.launch(DistributedConfig(ranks=2), module, [str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.glob("*-of-2")) == ["0-of-2", "1-of-2"]
+
+
+@pytest.mark.distributed
+def test_launch_returns_the_status_of_the_rank_that_failed(module: str, tmp_path: Path) -> None:
+    words = [str(tmp_path), str(EXIT_USER_ERROR)]
+    assert distributed.launch(DistributedConfig(ranks=2), module, words) == EXIT_USER_ERROR
+
+
+def test_a_launcher_around_us_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert distributed.needs_launch(DistributedConfig(ranks=2))
+    assert not distributed.needs_launch(DistributedConfig(ranks=1))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not distributed.needs_launch(DistributedConfig(ranks=2))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_cuda_without_a_gpu_is_one_sentence() -> None:
+    with pytest.raises(UserError, match="no usable CUDA GPU"), distributed.joined(DistributedConfig(device="cuda")):
+        pass
+
+
+@pytest.mark.parametrize("wrong", [{"ranks": 0}, {"device": "tpu"}, {"timeout_minutes": 0}])
+def test_impossible_values_are_refused(wrong: dict) -> None:
+    with pytest.raises(ValueError, match="distributed"):
+        DistributedConfig(**wrong)

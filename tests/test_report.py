@@ -1,0 +1,169 @@
+"""The page: complete in itself, true to the rows, harmless whatever words the data holds."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from colours import install as install_towers
+from colours import write_captions, write_pictures, write_run
+
+from pacl_scale.errors import UserError
+from pacl_scale.evaluate import main as evaluate
+from pacl_scale.evaluate.rows import read_rows
+from pacl_scale.report import duration, main, percent, write_report
+
+HOSTILE = "<script>alert(1)</script>"
+VOID_TAGS = {"meta", "link", "img", "input", "br", "path", "use"}
+
+
+class Page(HTMLParser):
+    """Text, links and structure of a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.addresses: list[str] = []
+        self.pictures_without_words: list[dict] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        values = dict(attrs)
+        if tag not in VOID_TAGS:
+            self.open.append(tag)
+        if "id" in values:
+            self.ids.append(values["id"])
+        self.addresses += [values[key] for key in ("src", "href", "data", "action") if values.get(key)]
+        if values.get("role") == "img" and not values.get("aria-label"):
+            self.pictures_without_words.append(values)
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID_TAGS:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert tag in VOID_TAGS or self.open.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] not in (["style"], ["script"]):
+            self.text += f" {data}"
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run with rows, examples, a hostile class word, and curves."""
+    install_towers(monkeypatch)
+    data = write_pictures(tmp_path / "data", count=6)
+    classes = data / "classes.yaml"
+    classes.write_text(classes.read_text().replace("1: red", f"1: ['red {HOSTILE}', red]", 1))
+    captions = write_captions(tmp_path / "captions")
+    run = write_run(tmp_path / "run")
+    write_run(tmp_path / "mean", right=False)
+    evaluate(
+        [
+            f"--checkpoint={run}",
+            f"methods.mean_pooled={tmp_path / 'mean'}",
+            f'--segmentation={{"blocks": {{"root": "{data}"}}}}',
+            f'--retrieval={{"texts": {{"csv": "{captions}"}}}}',
+            "examples=1",
+            "threads=1",
+        ]
+    )
+    for name in ("run", "mean"):
+        lines = [json.dumps({"step": step, "loss": 4.85 - step / 100, "lr": 1e-3}) for step in range(1, 61)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 61, "lo']))
+        (tmp_path / name / "config.yaml").write_text("global_batch_size: 128\nsteps: 60\nseed: 3\n")
+    return run
+
+
+def whole_page(run: Path) -> str:
+    output = write_report(
+        str(run / "report.html"),
+        evaluated=str(run),
+        runs={"pacl": str(run), "mean_pooled": str(run.parent / "mean")},
+        preparation={"expected": 1200, "got": 900, "failures": {"HTTP 404": 290, HOSTILE: 10}, "shards": 3},
+        seconds={"draw": 3.25, "train": 125.0},
+    )
+    return Path(output).read_text()
+
+
+def test_page_says_what_the_rows_say(run: Path) -> None:
+    page = Page(whole_page(run))
+    assert not page.open, "every element is closed"
+    for row in read_rows(str(run)):
+        figures = [row.scores["miou"], row.scores["pixel_accuracy"]] if row.task == "segmentation" else []
+        assert all(percent(figure) in page.text for figure in figures)
+    for text in ("Mean-pooled", "Untrained", "Patch oracle", "blocks", "900", "1,200", "290", "2 min 5 s", "2 min 8 s"):
+        assert text in page.text
+    assert "4.84 to 4.25 in 60 steps" in page.text
+    assert "crimson for red" in page.text
+    assert "60 steps of 128 pairs, seed 3" in page.text
+
+
+def test_page_needs_nothing_from_anywhere(run: Path) -> None:
+    html = whole_page(run)
+    page = Page(html)
+    inside = [address for address in page.addresses if address.startswith("#")]
+    assert all(address.startswith(("data:", "#")) for address in page.addresses)
+    assert set(inside) <= {f"#{name}" for name in page.ids}, "every link on the page leads somewhere"
+    assert len(page.ids) == len(set(page.ids))
+    assert not re.search(r"url\((?!data:|#)", html) and "@import" not in html
+    assert "default-src 'none'" in html
+    # Only names of XML vocabularies look like addresses.
+    assert set(re.findall(r"https?://[^\s\"'<]+", html)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+
+
+def test_words_of_the_data_cannot_become_markup(run: Path) -> None:
+    html = whole_page(run)
+    assert HOSTILE not in html and "&lt;script&gt;alert(1)" in html
+    assert html.count("<script>") == 1
+
+
+def test_pictures_are_described_for_those_who_do_not_see_them(run: Path) -> None:
+    html = whole_page(run)
+    page = Page(html)
+    assert not page.pictures_without_words
+    assert re.search(r'aria-label="Truth: [^"]*green \d+ %', html)
+    assert html.count('class="example card"') == 3
+    assert html.count('class="after"') == 3
+
+
+def test_curve_follows_light_and_dark(run: Path) -> None:
+    html = whole_page(run)
+    svg = html[html.index("<svg") : html.index("</svg>")]
+    assert "var(--method-pacl" in svg and "var(--method-mean_pooled" in svg and "guessing" in svg
+    assert not re.search(r"#0[1-3]0[1-3]", svg), "no marker colour is left"
+    assert "prefers-color-scheme: dark" in html
+
+
+def test_the_same_run_gives_the_same_page(run: Path) -> None:
+    assert whole_page(run) == whole_page(run)
+
+
+def test_page_without_curves_preparation_or_examples(run: Path) -> None:
+    for name in ("metrics.jsonl", "config.yaml"):
+        (run / name).unlink()
+    (run / "evals" / "blocks-whole-examples" / "examples.json").unlink()
+    assert main([str(run), f"output={run / 'small.html'}"]) == 0
+    page = Page((run / "small.html").read_text())
+    assert not page.open
+    assert "Training" not in page.text and "Missing" not in page.text and "Best" not in page.text
+
+
+def test_a_run_without_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no evaluation yet"):
+        main([str(tmp_path)])
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_numbers_as_readers_say_them() -> None:
+    assert [duration(seconds) for seconds in (0.5, 12.4, 125, 3700)] == ["0.5 s", "12 s", "2 min 5 s", "1 h 1 min"]
+    assert [percent(0.12345), percent(1.0, 0), percent(None)] == ["12.3", "100", "–"]

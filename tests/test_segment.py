@@ -1,0 +1,136 @@
+"""One picture and some words: shares, overlay, legend, and what wrong input gets."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from colours import install as install_towers
+from colours import pixels, write_run
+from PIL import Image
+
+from pacl_scale.errors import UserError, run_command
+from pacl_scale.evaluate import overlay
+from pacl_scale.segment import SegmentConfig, main, segment_file
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run and a picture whose upper quarter is red and whose rest is blue."""
+    install_towers(monkeypatch)
+    write_run(tmp_path / "run")
+    picture = np.zeros((80, 160, 3), np.uint8)
+    picture[:20], picture[20:] = (255, 0, 0), (0, 0, 255)
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_shares_and_overlay(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["picture.png", "red", "blue", "green", "--checkpoint=run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines] == ["blue", "red", "green", "picture.segmented.png"]
+    shares = [float(line.split()[0]) for line in lines[:3]]
+    assert sum(shares) == pytest.approx(100, abs=0.2) and shares[0] == pytest.approx(75, abs=5) and shares[2] == 0
+    drawn = pixels(place / "picture.segmented.png")
+    assert drawn.shape[1] >= 160 and drawn.shape[0] > 80, "a legend is below the picture"
+    # Far from borders and labels: picture and colour in the stated proportion.
+    column = (drawn.shape[1] - 160) // 2 + 3
+    for row, pixel, colour in ((4, (255, 0, 0), overlay.COLOURS[0]), (70, (0, 0, 255), overlay.COLOURS[1])):
+        expected = [0.45 * p + 0.55 * c for p, c in zip(pixel, colour, strict=True)]
+        np.testing.assert_allclose(drawn[row, column], expected, atol=1)
+
+
+def test_legend_shows_each_words_colour(place: Path) -> None:
+    segment_file(SegmentConfig("run", "out.png"), "picture.png", ["red", "blue", "green"])
+    legend = pixels(place / "out.png")[80:].reshape(-1, 3)
+    for colour in overlay.COLOURS[:3]:
+        assert (legend == colour).all(axis=1).sum() > 50
+    assert not (legend == overlay.COLOURS[3]).all(axis=1).any()
+
+
+def test_threshold_and_background_leave_pixels_uncoloured(place: Path) -> None:
+    _, shares = segment_file(SegmentConfig("run", "a.png", background=["blue"]), "picture.png", ["red"])
+    assert shares["red"] == pytest.approx(0.25, abs=0.05)
+    assert shares["(none of these)"] == pytest.approx(1 - shares["red"])
+    _, shares = segment_file(SegmentConfig("run", "b.png", threshold=0.0), "picture.png", ["red"])
+    assert shares["red"] == pytest.approx(0.25, abs=0.1)
+    np.testing.assert_array_equal(pixels(place / "a.png")[70, 100], (0, 0, 255))
+
+
+def test_one_word_alone_gets_everything_and_a_warning(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["picture.png", "red", "--checkpoint=run"]) == 0
+    said = capsys.readouterr()
+    assert "100.0 %  red" in said.out and "one word alone" in said.err
+
+
+def test_a_turned_photograph_is_segmented_upright(place: Path) -> None:
+    with Image.open("picture.png") as picture:
+        exif = Image.Exif()
+        exif[0x0112] = 6  # a camera held on its side: to be turned by 90 degrees clockwise
+        picture.save("turned.jpg", exif=exif, quality=95)
+    segment_file(SegmentConfig("run", "turned.png"), "turned.jpg", ["red", "blue"])
+    drawn = pixels(place / "turned.png")
+    assert drawn.shape[0] > 160
+    left = (drawn.shape[1] - 80) // 2
+    assert drawn[100, left + 75, 0] > 150 > drawn[100, left + 5, 0], "the red side is now on the right"
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["nowhere.png", "red", "--checkpoint=run"], "nowhere.png: there is no such file"),
+        (["text.png", "red", "--checkpoint=run"], "text.png is not a picture"),
+        (["picture.png", "red"], "runs/demo"),
+        (["picture.png", "red", "--checkpoint=nowhere"], "nowhere"),
+        (["picture.png", "red", "red", "--checkpoint=run"], "named once"),
+        (["picture.png", "", "red", "--checkpoint=run"], "empty"),
+        (["picture.png", "--checkpoint=run"], "word"),
+        (["picture.png", "red", "--opacity=2"], "opacity"),
+        (["picture.png", "red", "--threshold=2"], "threshold"),
+        (["picture.png", "red", "--size=-1"], "size"),
+        (["picture.png", "red", "--shade=1"], "shade"),
+    ],
+)
+def test_wrong_input_ends_in_one_sentence(
+    place: Path, words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "text.png").write_text("no picture")
+    assert run_command(lambda: main(words)) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and said[0].startswith("error: ") and complaint in said[0]
+    assert not list(place.glob("*.segmented.png"))
+
+
+def test_as_a_module_it_exits_with_status_2_and_no_traceback(place: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pacl_scale.segment", "nowhere.png", "dog"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "nowhere.png" in done.stderr
+
+
+def test_a_word_is_written_inside_its_region() -> None:
+    labels = np.full((60, 90), overlay.NOTHING)
+    labels[:, :40] = 2  # a block, with a thin tail that its centre of mass must not lead to
+    labels[50:53, 40:] = 2
+    labels[10:14, 60:64] = 5  # too small for a word
+    points = overlay.label_points(labels)
+    assert list(points) == [2]
+    x, y = points[2]
+    assert 10 / 90 < x < 30 / 90 and 10 / 60 < y < 50 / 60
+
+
+def test_labels_of_a_ring_lie_on_the_ring() -> None:
+    ys, xs = np.mgrid[:100, :100]
+    radius = np.hypot(xs - 50, ys - 50)
+    labels = np.where((radius > 25) & (radius < 45), 1, overlay.NOTHING)
+    x, y = overlay.label_points(labels)[1]
+    assert labels[round(y * 100), round(x * 100)] == 1
+
+
+def test_colours_are_many_and_distinct() -> None:
+    colours = overlay.colours(40)
+    assert len(set(colours)) == 40 and colours[:10] == list(overlay.COLOURS)
+    with pytest.raises(UserError):
+        segment_file(SegmentConfig("nowhere"), "nowhere.png", ["a"])
