@@ -5,6 +5,7 @@ OPT_OUT_MESSAGE = "Use of image disallowed by X-Robots-Tag directive"
 
 CAUSES = {
     "aspect_ratio": "longer in one direction than fetch.largest_aspect_ratio allows",
+    "backoff": "not asked: the host failed too often just before",
     "connection": "refused, reset or closed by the server or on the way",
     "dns": "the host's name does not resolve",
     "empty": "an answer without a body",
@@ -25,11 +26,15 @@ CAUSES = {
 
 
 class FetchError(Exception):
-    """A picture that cannot be had. Its text is ``cause: detail``, which img2dataset writes down."""
+    """A picture that cannot be had. Its text is ``cause: detail``, which img2dataset writes down.
 
-    def __init__(self, cause: str, detail: str) -> None:
+    ``retry_after_s`` is how long the server asked to be left alone.
+    """
+
+    def __init__(self, cause: str, detail: str, retry_after_s: float = 0.0) -> None:
         super().__init__(f"{cause}: {detail}")
         self.cause = cause
+        self.retry_after_s = retry_after_s
 
 
 def cause_of(error_message: str) -> str:

@@ -18,8 +18,10 @@ if not __package__:
 
 from data_prep import layout, sources
 from data_prep.fetch import FetchConfig, fetch
+from data_prep.lock import only_run
 from data_prep.prepare import Plan, PrepareConfig, prepare
 from data_prep.report import as_table, count_failures, make_report, read_stats
+from data_prep.retry import RetryConfig, Round, plan_round, read_rounds, shard_count
 from data_prep.verify import TarFacts, require_sound, verify
 from pacl_scale import storage
 from pacl_scale.config import parse
@@ -46,16 +48,26 @@ class DownloadConfig:
     output: str
     """Where the data set goes: a folder, as a path or fsspec URL (s3://bucket/name)."""
     source: str = "pairs"
-    """What kind of list it is, which tells its columns: pairs (your own, caption TAB url), cc3m or cc12m."""
+    """What kind of list it is, which tells its columns: pairs (your own, caption TAB url), cc3m, cc12m or yfcc15m."""
+    metadata: str | None = None
+    """Second file of a source that needs one: YFCC100M's yfcc100m_dataset.bz2 for yfcc15m."""
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     """How the list becomes shards."""
     fetch: FetchConfig = field(default_factory=FetchConfig)
     """How pictures are downloaded and stored."""
+    again: bool = False
+    """Ask again for what failed for a cause that may pass (retry.causes): one round a call, once all else is there."""
+    retry: RetryConfig = field(default_factory=RetryConfig)
+    """Which failures are asked for again and how."""
     verify: Literal["new", "all"] = "new"
     """Which finished shards are read back: those not verified before, or all."""
 
     def __post_init__(self) -> None:
-        sources.get(self.source)
+        source = sources.get(self.source)
+        if source.needs_metadata and self.metadata is None:
+            raise ValueError(f"metadata is missing: {source.name} needs {source.file}")
+        if self.metadata is not None and not source.needs_metadata:
+            raise ValueError(f"metadata is given, but {source.name} has no second file")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,46 +82,57 @@ def download(config: DownloadConfig) -> None:
     Raises:
         UserError: any fault of the input or the store; what is at the output is then complete shards or nothing.
     """
+    with only_run(config.output):
+        _download(config)
+
+
+def _download(config: DownloadConfig) -> None:
     root, source = config.output, sources.get(config.source)
     seconds: dict[str, float] = {}
-    storage.check_writable(root)
     with _timed(seconds, "prepare"):
-        plan = prepare(config.url_list, source, root, config.prepare)
+        plan = prepare(config.url_list, source, root, config.prepare, config.metadata)
     before = layout.read_json(storage.join(root, layout.REPORT)) or {}
-    sound = _fetch_and_verify(config, plan, before.get("verified", {}), seconds)
+    rounds = read_rounds(root)
+    sound = _fetch_and_verify(config, plan, rounds, before.get("verified", {}), seconds)
     stats = read_stats(root, sound)
     if not any(shard.get("successes") for shard in stats.values()):
         _discard(root, plan)
         causes = ", ".join(f"{cause} {count}" for cause, count in count_failures(stats).items())
         raise UserError(f"none of the {plan.rows} URLs of {config.url_list} gave a picture ({causes})")
+    if config.again:
+        again = plan_round(root, plan, rounds, config.prepare.samples_per_shard, config.retry.causes)
+        if again is not None:
+            rounds = [*rounds, again]
+            verified = {facts.name: facts.sha256 for facts in sound.values()}
+            sound = _fetch_and_verify(config, plan, rounds, verified, seconds)
+            stats = read_stats(root, sound)
     with _timed(seconds, "index"):
         samples = _index(root, sound)
-    report = make_report(plan, source.rows, stats, sound, samples, seconds)
+    report = make_report(plan, rounds, source.rows, stats, sound, samples, seconds)
     if {**before, "seconds": None} != {**asdict(report), "seconds": None}:
         layout.write_json(storage.join(root, layout.REPORT), asdict(report))
     print(as_table(report, root))
 
 
 def _fetch_and_verify(
-    config: DownloadConfig, plan: Plan, verified: dict[str, str], seconds: dict[str, float]
+    config: DownloadConfig,
+    plan: Plan,
+    rounds: Sequence[Round],
+    verified: dict[str, str],
+    seconds: dict[str, float],
 ) -> dict[int, TarFacts]:
     """Make what is missing, read back what was not read back before, and make again what is damaged."""
-    root = config.output
+    root, count = config.output, shard_count(plan, rounds)
     sound: dict[int, TarFacts] = {}
     for repair in range(REPAIRS + 1):
         with _timed(seconds, "fetch"):
-            missing = sorted(set(range(plan.shards)) - set(layout.finished_shards(root)))
-            faults = fetch(root, missing, config.prepare.samples_per_shard, config.fetch) if missing else {}
-        if faults:
-            shard = min(faults)
-            raise UserError(
-                f"{len(faults)} of {plan.shards} shards could not be made, {layout.shard_name(shard)} because: "
-                f"{faults[shard]}; the same command continues"
-            )
+            missing = set(range(count)) - set(layout.finished_shards(root))
+            _fetch(config, sorted(shard for shard in missing if shard < plan.shards), 0.0)
+            _fetch(config, sorted(shard for shard in missing if shard >= plan.shards), config.retry.backoff_seconds)
         with _timed(seconds, "verify"):
             trusted = {} if config.verify == "all" and not repair else verified
-            sound |= _known_sound(root, plan, trusted)
-            fresh, broken = verify(root, sorted(set(range(plan.shards)) - set(sound)))
+            sound |= known_sound(root, count, trusted)
+            fresh, broken = verify(root, sorted(set(range(count)) - set(sound)))
             sound |= fresh
         if not broken:
             return dict(sorted(sound.items()))
@@ -121,11 +144,23 @@ def _fetch_and_verify(
     return sound
 
 
-def _known_sound(root: str, plan: Plan, verified: dict[str, str]) -> dict[int, TarFacts]:
+def _fetch(config: DownloadConfig, shards: Sequence[int], backoff_s: float) -> None:
+    if not shards:
+        return
+    faults = fetch(config.output, shards, config.prepare.samples_per_shard, config.fetch, backoff_s)
+    if faults:
+        shard = min(faults)
+        raise UserError(
+            f"{len(faults)} of {len(shards)} shards could not be made, {layout.shard_name(shard)} because: "
+            f"{faults[shard]}; the same command continues"
+        )
+
+
+def known_sound(root: str, shards: int, verified: dict[str, str]) -> dict[int, TarFacts]:
     """Shards that were read to their end before and whose tar still has the size and the counted checksum."""
     sizes = layout.file_sizes(root, ".tar")
     facts: dict[int, TarFacts] = {}
-    known = [shard for shard in range(plan.shards) if f"{layout.shard_name(shard)}.tar" in verified]
+    known = [shard for shard in range(shards) if f"{layout.shard_name(shard)}.tar" in verified]
     for shard, stats in read_stats(root, known).items():
         name = f"{layout.shard_name(shard)}.tar"
         if stats.get("tar_sha256") == verified[name] and stats.get("tar_bytes") == sizes.get(name):

@@ -18,6 +18,7 @@ import psutil
 import pacl_scale
 from data_prep import layout
 from data_prep.guard import Limits, install
+from data_prep.imports import without
 from data_prep.workers import run_tasks
 from pacl_scale.log import get_logger, progress
 
@@ -84,8 +85,10 @@ class FetchConfig:
             raise ValueError("fetch.contact must be printable")
 
 
-def fetch(root_url: str, shards: Iterable[int], samples_per_shard: int, config: FetchConfig) -> dict[int, str]:
-    """Make ``shards`` from their prepared lists.
+def fetch(
+    root_url: str, shards: Iterable[int], samples_per_shard: int, config: FetchConfig, backoff_s: float = 0.0
+) -> dict[int, str]:
+    """Make ``shards`` from their prepared lists, letting failing hosts rest if ``backoff_s`` is not 0.
 
     Returns:
         What went wrong, by number, with the shards that could not be made in three attempts.
@@ -93,7 +96,7 @@ def fetch(root_url: str, shards: Iterable[int], samples_per_shard: int, config: 
     shards = list(shards)
     faults: dict[int, str] = {}
     with _scratch_folder(config.scratch) as scratch:
-        work = functools.partial(download_shard, root_url, scratch, samples_per_shard, config)
+        work = functools.partial(download_shard, root_url, scratch, samples_per_shard, config, backoff_s)
         outcomes = run_tasks(work, shards, min(config.processes, len(shards)), config.shard_seconds)
         for outcome in progress(outcomes, "download", total=len(shards), unit="shard"):
             if outcome.fault is not None:
@@ -103,7 +106,7 @@ def fetch(root_url: str, shards: Iterable[int], samples_per_shard: int, config: 
 
 
 def download_shard(
-    root_url: str, scratch: str, samples_per_shard: int, config: FetchConfig, shard: int
+    root_url: str, scratch: str, samples_per_shard: int, config: FetchConfig, backoff_s: float, shard: int
 ) -> None:
     """Make one shard in this process. Raises what :meth:`ShardDownloader.download_shard` raises."""
     most_pixels = round(config.largest_megapixels * 1e6)
@@ -111,10 +114,13 @@ def download_shard(
     # which img2dataset resizes with, would ask a package index whether there is a newer version of itself.
     os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(most_pixels)
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
-    from data_prep.picture import PictureResizer
-    from data_prep.shard import ShardDownloader, ShardWriter
+    import data_prep.verify  # noqa: F401 - what it needs may need torch; the rest below does not
 
-    install(limits(config))
+    with without("torch"):
+        from data_prep.picture import PictureResizer
+        from data_prep.shard import ShardDownloader, ShardWriter
+
+    install(limits(config, backoff_s))
     resizer = PictureResizer(
         most_pixels=most_pixels,
         smallest_side=config.smallest_side,
@@ -149,7 +155,7 @@ def download_shard(
 OPT_OUT_DIRECTIVES = ["noai", "noimageai", "noindex", "noimageindex"]
 
 
-def limits(config: FetchConfig) -> Limits:
+def limits(config: FetchConfig, backoff_s: float) -> Limits:
     """What each request may take, and the user agent."""
     contact = f"; {config.contact}" if config.contact else ""
     return Limits(
@@ -157,6 +163,7 @@ def limits(config: FetchConfig) -> Limits:
         body_bytes=math.floor(config.largest_body_mb * 1e6),
         allowed_networks=tuple(ip_network(network) for network in config.allowed_networks),
         user_agent=f"{USER_AGENT_TOKEN}/{pacl_scale.__version__} (img2dataset{contact})",
+        backoff_s=backoff_s,
     )
 
 

@@ -8,20 +8,22 @@ opener made here speaks http and https only (the default one also opens ``file:`
   checked, so that a second answer of the name server cannot lead elsewhere; redirects go the same way;
 * ends a request at its deadline however slowly its bytes drip, redirects, TLS and headers included;
 * ends a body at its size limit, and notices one that is shorter than announced;
-* says who is asking in the user agent.
+* says who is asking in the user agent;
+* lets a host rest that is busy, silent or refusing, if told so.
 
 Proxies named in the environment are not used: the address check would then be the proxy's.
 """
 
-import functools
 import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from email.message import Message
 from typing import Any, NoReturn
@@ -44,12 +46,14 @@ class Limits:
         body_bytes: size of the largest body taken.
         allowed_networks: addresses in these may be connected to although they are not public.
         user_agent: sent with each request.
+        backoff_s: rest of a host after a failure of its own, doubled with each in a row; 0 for none.
     """
 
     deadline_s: float
     body_bytes: int
     allowed_networks: tuple[Network, ...]
     user_agent: str
+    backoff_s: float = 0.0
 
 
 def install(limits: Limits) -> None:
@@ -65,6 +69,7 @@ class GuardedOpener:
         self.limits = limits
         context = ssl.create_default_context()
         context.sslsocket_class = _TimedSSLSocket
+        self._gate = HostGate(limits.backoff_s, limits.deadline_s)
         self._director = urllib.request.OpenerDirector()
         for handler in (
             urllib.request.UnknownHandler(),
@@ -81,20 +86,25 @@ class GuardedOpener:
         if not isinstance(request, urllib.request.Request):
             request = urllib.request.Request(request)
         request.add_header("User-agent", self.limits.user_agent)
+        host = request.host
+        self._gate.wait(host)
         request.ends = time.monotonic() + self.limits.deadline_s
-        try:
-            response = self._director.open(request, data, timeout)
-        except Exception as error:
-            _explain(error)
-        return CappedBody(response, self.limits.body_bytes)
+        with self._gate.watching(host):
+            try:
+                response = self._director.open(request, data, timeout)
+            except Exception as error:
+                _explain(error)
+        return CappedBody(response, self.limits.body_bytes, self._gate, host)
 
 
 class CappedBody:
     """The part of a response that img2dataset uses: ``headers``, ``read()`` and the context manager."""
 
-    def __init__(self, response: Any, most_bytes: int) -> None:
+    def __init__(self, response: Any, most_bytes: int, gate: "HostGate", host: str) -> None:
         self._response = response
         self._most_bytes = most_bytes
+        self._gate = gate
+        self._host = host
         self.headers: Message = response.headers
 
     def __enter__(self) -> "CappedBody":
@@ -105,6 +115,12 @@ class CappedBody:
 
     def read(self) -> bytes:
         """The whole body. Raises FetchError: too large, too slow, empty or cut short."""
+        with self._gate.watching(self._host):
+            body = self._read()
+        self._gate.succeeded(self._host)
+        return body
+
+    def _read(self) -> bytes:
         announced = self._response.length
         if announced is not None and announced > self._most_bytes:
             raise FetchError("too_large", f"{announced} bytes announced, {self._most_bytes} allowed")
@@ -123,6 +139,63 @@ class CappedBody:
         if not size:
             raise FetchError("empty", "no bytes")
         return b"".join(pieces)
+
+
+class HostGate:
+    """Lets hosts rest: after a failure that is the host's own, nobody asks it until its rest is over.
+
+    Args:
+        first_s: the first rest; each failure in a row doubles it. 0 opens the gate for good.
+        longest_s: no rest is longer, and nobody waits longer.
+    """
+
+    def __init__(self, first_s: float, longest_s: float) -> None:
+        self._first_s = first_s
+        self._longest_s = longest_s
+        self._lock = threading.Lock()
+        self._free_at: dict[str, float] = {}
+        self._in_a_row: dict[str, int] = {}
+
+    def wait(self, host: str) -> None:
+        """Wait until ``host`` may be asked. Raises FetchError if it keeps failing meanwhile."""
+        gives_up = time.monotonic() + self._longest_s
+        while (rest := self._free_at.get(host, 0.0) - time.monotonic()) > 0:
+            if time.monotonic() + rest > gives_up:
+                raise FetchError("backoff", f"{host} rests for {rest:.1f} s")
+            time.sleep(rest)
+
+    @contextmanager
+    def watching(self, host: str) -> Iterator[None]:
+        """Remember a FetchError that leaves the block."""
+        try:
+            yield
+        except FetchError as error:
+            if error.cause in _HOST_IS_WELL:
+                self.succeeded(host)
+            else:
+                self._failed(host, error.retry_after_s)
+            raise
+
+    def succeeded(self, host: str) -> None:
+        """The host answered as it should."""
+        with self._lock:
+            self._in_a_row.pop(host, None)
+
+    def _failed(self, host: str, retry_after_s: float) -> None:
+        now = time.monotonic()
+        with self._lock:
+            # Requests that were under way together are one failure.
+            if not self._first_s or self._free_at.get(host, 0.0) > now:
+                return
+            count = self._in_a_row[host] = self._in_a_row.get(host, 0) + 1
+            rest = max(self._first_s * 2.0 ** min(count - 1, 30), retry_after_s)
+            self._free_at[host] = now + min(rest, self._longest_s)
+
+
+_HOST_IS_WELL = frozenset(
+    {"empty", "http_400", "http_403", "http_404", "http_410", "private_address", "redirects", "too_large"}
+)
+"""Failures that say nothing against asking the same host for another picture at once."""
 
 
 def check_address(address: str, allowed: Sequence[Network] = ()) -> None:
@@ -170,10 +243,8 @@ class _TimedSSLSocket(_Timed, ssl.SSLSocket):  # type: ignore[misc]
 class _Connection(http.client.HTTPConnection):
     """Connects to an address that was checked; the name is not resolved a second time."""
 
-    def __init__(self, host: str, limits: Limits, ends: float, **options: Any) -> None:
-        super().__init__(host, **options)
-        self._limits = limits
-        self._ends = ends
+    limits: Limits
+    ends: float
 
     def connect(self) -> None:
         error: OSError | None = None
@@ -181,7 +252,7 @@ class _Connection(http.client.HTTPConnection):
             connection = _TimedSocket(family, kind, protocol)
             self._set_times(connection)
             try:
-                connection.settimeout(min(connection.silence_s, max(self._ends - time.monotonic(), 0.001)))
+                connection.settimeout(min(connection.silence_s, max(self.ends - time.monotonic(), 0.001)))
                 connection.connect(address)
             except OSError as failure:
                 connection.close()
@@ -194,12 +265,12 @@ class _Connection(http.client.HTTPConnection):
     def _addresses(self) -> list[Any]:
         found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         for *_, address in found:
-            check_address(str(address[0]), self._limits.allowed_networks)
+            check_address(str(address[0]), self.limits.allowed_networks)
         return found
 
     def _set_times(self, connection: Any) -> None:
-        connection.ends = self._ends
-        connection.silence_s = self.timeout if isinstance(self.timeout, (int, float)) else self._limits.deadline_s
+        connection.ends = self.ends
+        connection.silence_s = self.timeout if isinstance(self.timeout, (int, float)) else self.limits.deadline_s
 
 
 class _SecureConnection(http.client.HTTPSConnection, _Connection):
@@ -209,13 +280,24 @@ class _SecureConnection(http.client.HTTPSConnection, _Connection):
         self._set_times(self.sock)
 
 
+def _connector(kind: type[_Connection], limits: Limits, ends: float) -> Any:
+    """What urllib calls as if it were the class of a connection."""
+
+    def connect_to(host: str, **options: Any) -> _Connection:
+        connection = kind(host, **options)
+        connection.limits, connection.ends = limits, ends
+        return connection
+
+    return connect_to
+
+
 class _HTTPHandler(urllib.request.HTTPHandler):
     def __init__(self, limits: Limits) -> None:
         super().__init__()
         self._limits = limits
 
     def http_open(self, req: Any) -> Any:
-        return self.do_open(functools.partial(_Connection, limits=self._limits, ends=req.ends), req)
+        return self.do_open(_connector(_Connection, self._limits, req.ends), req)
 
 
 class _HTTPSHandler(urllib.request.HTTPSHandler):
@@ -225,10 +307,7 @@ class _HTTPSHandler(urllib.request.HTTPSHandler):
         self._secure = context
 
     def https_open(self, req: Any) -> Any:
-        connection = functools.partial(
-            _SecureConnection, limits=self._limits, ends=req.ends, context=self._secure
-        )
-        return self.do_open(connection, req)
+        return self.do_open(_connector(_SecureConnection, self._limits, req.ends), req, context=self._secure)
 
 
 class _RedirectHandler(urllib.request.HTTPRedirectHandler):
@@ -251,7 +330,8 @@ def _explain(error: Exception) -> NoReturn:
     if isinstance(error, urllib.error.HTTPError):
         error.close()
         cause = "redirects" if 300 <= error.code < 400 else f"http_{error.code}"
-        raise FetchError(cause, _line(error.reason)) from None
+        wait = str(error.headers.get("Retry-After", "")) if error.headers else ""
+        raise FetchError(cause, _line(error.reason), float(wait) if wait.isdigit() else 0.0) from None
     reason = error.reason if isinstance(error, urllib.error.URLError) else error
     if isinstance(reason, TimeoutError):
         cause = "timeout"

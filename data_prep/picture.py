@@ -29,9 +29,7 @@ class PictureResizer(Resizer):
         options: those of img2dataset's Resizer.
     """
 
-    def __init__(
-        self, most_pixels: int, smallest_side: int, largest_aspect_ratio: float, **options: Any
-    ) -> None:
+    def __init__(self, most_pixels: int, smallest_side: int, largest_aspect_ratio: float, **options: Any) -> None:
         super().__init__(**options)
         self._most_pixels = most_pixels
         self._smallest_side = smallest_side

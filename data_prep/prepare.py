@@ -71,6 +71,7 @@ class Plan:
     Attributes:
         fingerprint: SHA-256 over the list's own and every setting that shapes the shards.
         list_sha256: of the list file, to say which list was used.
+        metadata_sha256: of the second file of a source that has one.
         list_rows: rows of the list; the sum of ``rows`` and ``left_out``.
         rows: rows that go to a shard.
         left_out: rows that do not, by cause.
@@ -81,13 +82,16 @@ class Plan:
     source: str
     list_url: str
     list_sha256: str
+    metadata_sha256: str | None
     list_rows: int
     rows: int
     shards: int
     left_out: dict[str, int] = field(default_factory=dict)
 
 
-def prepare(list_url: str, source: Source, root_url: str, config: PrepareConfig) -> Plan:
+def prepare(
+    list_url: str, source: Source, root_url: str, config: PrepareConfig, metadata_url: str | None = None
+) -> Plan:
     """Write the prepared lists below ``root_url`` and return the plan; a finished one is only read.
 
     Raises:
@@ -95,7 +99,8 @@ def prepare(list_url: str, source: Source, root_url: str, config: PrepareConfig)
             ``root_url`` holds the data set of another list or other settings.
     """
     list_sha256 = sources.sha256_of(list_url)
-    fingerprint = _fingerprint(list_sha256, source, config)
+    metadata_sha256 = sources.sha256_of(metadata_url) if metadata_url else None
+    fingerprint = _fingerprint(f"{list_sha256} {metadata_sha256}", source, config)
     before = layout.read_json(storage.join(root_url, layout.PLAN))
     if before is not None:
         return _same_plan(before, fingerprint, root_url)
@@ -104,10 +109,11 @@ def prepare(list_url: str, source: Source, root_url: str, config: PrepareConfig)
     # Without a plan these are what a killed run left.
     storage.remove(storage.join(root_url, layout.LIST_FOLDER))
     left_out: Counter[str] = Counter()
-    clean = _without_duplicates(_clean_rows(sources.read_rows(list_url, source), config, left_out), left_out)
+    rows_of_list = sources.read_rows(list_url, source, metadata_url)
+    clean = _without_duplicates(_clean_rows(rows_of_list, config, left_out), left_out)
     rows = shards = 0
     for table in progress(_with_nouns(_cut(clean, config.samples_per_shard), config), "prepare", unit="shard"):
-        storage.write_bytes(layout.list_url(root_url, shards), _parquet_bytes(table))
+        storage.write_bytes(layout.list_url(root_url, shards), as_parquet(table))
         rows, shards = rows + table.num_rows, shards + 1
     if not rows:
         raise UserError(_why_nothing(list_url, left_out))
@@ -116,6 +122,7 @@ def prepare(list_url: str, source: Source, root_url: str, config: PrepareConfig)
         source=source.name,
         list_url=list_url,
         list_sha256=list_sha256,
+        metadata_sha256=metadata_sha256,
         list_rows=rows + left_out.total(),
         rows=rows,
         shards=shards,
@@ -175,9 +182,9 @@ _HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+(%[a-z0-9]+)?")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 
 
-def _fingerprint(list_sha256: str, source: Source, config: PrepareConfig) -> str:
+def _fingerprint(content: str, source: Source, config: PrepareConfig) -> str:
     shaping = {key: value for key, value in asdict(config).items() if key != "noun_processes"}
-    text = json.dumps([VERSION, list_sha256, source.columns, shaping])
+    text = json.dumps([VERSION, content, source.columns, shaping])
     return sha256(text.encode()).hexdigest()
 
 
@@ -194,13 +201,11 @@ def _same_plan(before: dict[str, Any], fingerprint: str, root_url: str) -> Plan:
     return plan
 
 
-def _clean_rows(
-    rows: Iterable[Row], config: PrepareConfig, left_out: Counter[str]
-) -> Iterator[tuple[int, str, str]]:
+def _clean_rows(rows: Iterable[Row], config: PrepareConfig, left_out: Counter[str]) -> Iterator[tuple[int, str, str]]:
     """Normalised (id, url, caption) of each usable row; the others are counted in ``left_out``."""
     for row in rows:
         if row.url is None or row.caption is None:
-            left_out["malformed row"] += 1
+            left_out[row.fault] += 1
             continue
         url = normalise_url(row.url)
         if url is None:
@@ -215,9 +220,7 @@ def _clean_rows(
             yield stable_id(url), url, caption
 
 
-def _without_duplicates(
-    rows: Iterable[tuple[int, str, str]], left_out: Counter[str]
-) -> Iterator[tuple[int, str, str]]:
+def _without_duplicates(rows: Iterable[tuple[int, str, str]], left_out: Counter[str]) -> Iterator[tuple[int, str, str]]:
     """Drop rows whose URL came before, remembering 8 bytes a row.
 
     The ids seen are one sorted array that each chunk is merged into. Of 30 million URLs two share an id with a
@@ -246,9 +249,7 @@ def _cut(rows: Iterable[tuple[int, str, str]], size: int) -> Iterator[list[tuple
         yield piece
 
 
-def _with_nouns(
-    pieces: Iterable[list[tuple[int, str, str]]], config: PrepareConfig
-) -> Iterator[pa.Table]:
+def _with_nouns(pieces: Iterable[list[tuple[int, str, str]]], config: PrepareConfig) -> Iterator[pa.Table]:
     """One table a piece, in order; with several processes a few pieces are worked on at a time."""
     if not config.nouns or config.noun_processes == 1:
         for piece in pieces:
@@ -268,7 +269,8 @@ def _table(piece: Sequence[tuple[int, str, str]], with_nouns: bool) -> pa.Table:
     return pa.table([pa.array(ids, pa.uint64()), urls, captions, found], schema=LIST_SCHEMA)
 
 
-def _parquet_bytes(table: pa.Table) -> bytes:
+def as_parquet(table: pa.Table) -> bytes:
+    """A prepared list as the bytes of its file."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue().to_pybytes()

@@ -1,13 +1,14 @@
 """What was expected, what was got, and why the rest is missing: one JSON file and one table."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from data_prep import layout
 from data_prep.prepare import Plan
+from data_prep.retry import Round
 from data_prep.verify import TarFacts
 from pacl_scale import storage
 
@@ -26,7 +27,8 @@ class Report:
         left_out: rows that were not asked for, by cause.
         expected: rows that were asked for.
         got: samples in the shards.
-        failures: rows that were asked for and gave no sample, by cause.
+        failures: rows that were asked for and gave no sample, by the cause of the last attempt.
+        retried: rows that were asked for again, summed over all rounds.
         shards: number of tars.
         bytes: their size.
         samples: samples that the index knows.
@@ -43,6 +45,7 @@ class Report:
     expected: int
     got: int
     failures: dict[str, int]
+    retried: int
     shards: int
     bytes: int
     samples: int
@@ -61,16 +64,19 @@ def read_stats(root_url: str, shards: Iterable[int]) -> dict[int, dict[str, Any]
         return dict(zip(shards, threads.map(read, shards), strict=True))
 
 
-def count_failures(stats: Mapping[int, Mapping[str, Any]]) -> dict[str, int]:
-    """Rows without a sample over all shards, by cause, the most frequent first."""
+def count_failures(stats: Mapping[int, Mapping[str, Any]], rounds: Sequence[Round] = ()) -> dict[str, int]:
+    """Rows without a sample by the cause of their last attempt, the most frequent first."""
     causes: Counter[str] = Counter()
     for shard in stats.values():
         causes.update(shard.get("causes", {}))
-    return dict(causes.most_common())
+    for round in rounds:
+        causes.subtract(round.superseded)
+    return {cause: count for cause, count in causes.most_common() if count}
 
 
 def make_report(
     plan: Plan,
+    rounds: Sequence[Round],
     published_rows: int | None,
     stats: Mapping[int, Mapping[str, Any]],
     sound: Mapping[int, TarFacts],
@@ -87,7 +93,8 @@ def make_report(
         left_out=plan.left_out,
         expected=plan.rows,
         got=sum(shard.get("successes", 0) for shard in stats.values()),
-        failures=count_failures(stats),
+        failures=count_failures(stats, rounds),
+        retried=sum(round.rows for round in rounds),
         shards=len(sound),
         bytes=sum(facts.bytes for facts in sound.values()),
         samples=samples,
@@ -102,6 +109,7 @@ def as_table(report: Report, root_url: str) -> str:
     lines += [(f"  left out: {cause}", count, "") for cause, count in report.left_out.items()]
     lines += [("expected", report.expected, ""), ("got", report.got, _share(report.got, report.expected))]
     lines += [(f"  failed: {cause}", count, "") for cause, count in report.failures.items()]
+    lines += [("asked for again", report.retried, "")] if report.retried else []
     width = max(len(what) for what, _, _ in lines)
     table = [f"{what:<{width}}  {count:>12,}  {note}".rstrip() for what, count, note in lines]
     size = f"{report.bytes / 1e6:,.1f} MB"

@@ -135,11 +135,11 @@ def _lay_out_state(engine: Any, config: EngineConfig, model: PACLModel) -> None:
     weights and moments exactly as they are; only Adam's step counter moves, and it is put back. From here on a
     fresh run and a resumed one are the same code.
     """
-    width_in = model.embedder.linear1.in_features
-    patches, scale = engine(torch.zeros(1, 1, width_in, device=engine.device))
+    token = torch.zeros(1, 1, model.embedder.linear1.in_features, device=engine.device)
     set_learning_rate(engine, 0.0)
     for _ in range(engine.gradient_accumulation_steps()):
-        engine.backward((patches.sum() + scale.sum()) * 0.0, retain_graph=True)
+        patches, scale = engine(token)
+        engine.backward((patches.sum() + scale.sum()) * 0.0)
         engine.step()
     if config.zero_stage in (1, 2):
         # DeepSpeed links the moments after the first parameter group's step, when the second group has none yet.

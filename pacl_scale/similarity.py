@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pacl_scale.kernels import VECTOR_FLOOR, eager, tiled
+from pacl_scale.kernels import VECTOR_FLOOR, eager, exact_type, tiled
 
 Pooling = Literal["cosine", "mean", "max"]
 """How patches become one number: the paper's cosine of the pooled vector with the text; the same without the pooled
@@ -24,6 +24,10 @@ vector's normalisation (the attention-weighted mean of the scores); the best pat
 
 Backend = Literal["auto", "eager", "tiled", "triton"]
 """Who computes it. "auto": triton where it can run, else tiled."""
+
+
+NORMALISE_TEXTS = 1024
+"""Texts that are brought to unit length at a time."""
 
 
 def patch_text_similarity(
@@ -57,8 +61,8 @@ def patch_text_similarity(
     """
     _check(patches, texts, pooling, patch_mask)
     pool = _choose(backend, patches, pooling)
-    exact = torch.float64 if patches.dtype == torch.float64 else torch.float32
-    units = functional.normalize(texts.to(exact), dim=-1, eps=VECTOR_FLOOR)
+    exact = exact_type(patches.dtype)
+    units = _unit_vectors(texts, exact if texts.requires_grad or backend == "eager" else patches.dtype)
     scale = torch.as_tensor(attention_scale, dtype=exact, device=_device_of(attention_scale)).reshape(())
     return pool(patches, units, scale, pooling, patch_mask)
 
@@ -104,6 +108,17 @@ def _choose(backend: str, patches: Tensor, pooling: str) -> Callable[..., Tensor
     if backend == "triton":
         raise ValueError(f"backend triton cannot run: {reason}")
     return tiled.pool
+
+
+def _unit_vectors(texts: Tensor, dtype: torch.dtype) -> Tensor:
+    """``texts`` at length 1, as ``dtype``; some at a time where nothing must be kept for a gradient."""
+    exact = exact_type(dtype)
+    if texts.requires_grad:
+        return functional.normalize(texts.to(exact), dim=-1, eps=VECTOR_FLOOR).to(dtype)
+    units = torch.empty_like(texts, dtype=dtype, memory_format=torch.contiguous_format)
+    for some, out in zip(texts.split(NORMALISE_TEXTS), units.split(NORMALISE_TEXTS), strict=True):
+        out.copy_(functional.normalize(some.to(exact), dim=-1, eps=VECTOR_FLOOR))
+    return units
 
 
 def _device_of(attention_scale: float | Tensor) -> torch.device | None:

@@ -155,7 +155,9 @@ def train(settings: TrainConfig, world: World) -> None:
             logger.info("resumed", checkpoint=resume_from, step=info["step"], position=info["data"]["position"])
 
         lines = metrics.MetricsFile(run / "metrics.jsonl", first_step - 1) if world.is_main else None
-        widths = {"width_in": width_in, "width_out": text.width}
+        # What the embedder is made for; an evaluation refuses other towers.
+        made_for = {"width_in": width_in, "width_out": text.width, "text_tower": text.fingerprint()}
+        made_for["vision_tower"] = vision.fingerprint() if vision else stream.features.vision
         batches = iter(stream)
         clock = Clock()
         for step in log.progress(range(first_step, settings.steps + 1), "train", unit="step"):
@@ -169,6 +171,7 @@ def train(settings: TrainConfig, world: World) -> None:
             if not math.isfinite(loss):
                 raise UserError(f"the loss is {loss} at step {step}; lower optim.lr, or look at the data of this step")
             if lines and (step % settings.log_every == 0 or step in (1, settings.steps)):
+                # One line a step that is logged; report.py and whoever plots read these keys.
                 values = {"step": step, "loss": loss, "lr": lr, "logit_scale": scale}
                 values |= {"grad_norm": gradient_norm(trainer), "position": batch.position_after}
                 values |= clock.read(settings.global_batch_size) | {"resident_mb": metrics.resident_mb()}
@@ -179,7 +182,7 @@ def train(settings: TrainConfig, world: World) -> None:
                 lines.write(values)
                 logger.info("step", **{k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()})
             if step % settings.checkpoint.every_steps == 0 or step == settings.steps:
-                save(settings, trainer, step, stream.state_after(batch), widths, world)
+                save(settings, trainer, step, stream.state_after(batch), made_for, world)
     if world.is_main:
         logger.info("trained", run=str(run), steps=settings.steps)
 
@@ -313,12 +316,12 @@ def gradient_norm(trainer: Any) -> float | None:
 
 
 def save(
-    settings: TrainConfig, trainer: Any, step: int, data: dict[str, int], widths: dict[str, int], world: World
+    settings: TrainConfig, trainer: Any, step: int, data: dict[str, int], made_for: dict[str, Any], world: World
 ) -> None:
     """Gather the state on every rank and write it on the main one."""
     state = engine.gather_state(trainer, settings.engine)
     if world.is_main:
-        info = {"config": config.to_dict(settings), "data": data, "revision": metrics.revision(), **widths}
+        info = {"config": config.to_dict(settings), "data": data, "revision": metrics.revision(), **made_for}
         path = checkpoint.save(checkpoint_folder(settings), step, state, info, settings.checkpoint.keep_last)
         logger.info("saved", checkpoint=path)
 

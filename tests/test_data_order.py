@@ -57,11 +57,11 @@ def test_ranks_share_a_batch_exactly(sets: list[list[int]], size: int, position:
     def listed(picks: Picks) -> list[tuple[int, int, int]]:
         return list(zip(picks.source.tolist(), picks.epoch.tolist(), picks.sample.tolist(), strict=True))
 
-    alone = listed(split(batch, 1, 0))
-    assert sorted(alone) == sorted(listed(batch))
+    assert listed(split(batch, 1, 0)) == listed(batch)
     for world_size in range(1, 7):
         parts = [listed(split(batch, world_size, rank)) for rank in range(world_size)]
-        assert [pick for part in parts for pick in part] == alone
+        assert sorted(pick for part in parts for pick in part) == sorted(listed(batch))
+        assert all(part == [pick for pick in listed(batch) if pick in set(part)] for part in parts)
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 

@@ -1,5 +1,6 @@
 """Reading lists, cleaning their rows, and naming the things of captions."""
 
+import bz2
 import gzip
 from pathlib import Path
 
@@ -11,11 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep import layout, prepare, sources
+from data_prep.download import DownloadConfig
 from data_prep.nouns import extract_nouns, merge_nouns
+from data_prep.pack import PackConfig
 from data_prep.prepare import PrepareConfig, normalise_caption, normalise_url, stable_id
 from data_prep.sources import SOURCES, Row, read_rows
+from pacl_scale.config import parse
 from pacl_scale.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[1]
 PAIRS = SOURCES["pairs"]
 WITHOUT_NOUNS = PrepareConfig(samples_per_shard=4, nouns=False)
 
@@ -54,6 +59,58 @@ def test_parquet(tmp_path: Path) -> None:
     assert list(read_rows(str(path), PAIRS)) == [Row("http://h/1", "a dog"), Row("http://h/2", None)]
 
 
+def yfcc_line(photo: int, title: str, description: str = "", marker: str = "0") -> str:
+    fields = [str(photo * 2), str(photo), "hash", *["x"] * 5, title, description, *["x"] * 6]
+    return "\t".join([*fields, f"http://farm/{photo}.jpg", *["x"] * 7, marker])
+
+
+def test_yfcc_is_joined_with_its_metadata(tmp_path: Path) -> None:
+    subset, metadata = tmp_path / "subset.tsv.bz2", tmp_path / "yfcc100m_dataset.bz2"
+    subset.write_bytes(bz2.compress(b"".join(b"%d\t%d\tabc\n" % (n, n) for n in (5, 3, 8, 9, 11))))
+    lines = [
+        yfcc_line(3, "IMG_0520", "A+%3Cb%3Eblack%3C%2Fb%3E+dog%0Aon+grass"),
+        yfcc_line(4, "not listed"),
+        yfcc_line(5, "Two+cats", "word+" * 80),
+        "a broken line",
+        yfcc_line(8, "DSC00012.JPG"),
+        yfcc_line(9, "a+film", marker="1"),
+        yfcc_line(5, "a repeated line"),
+    ]
+    metadata.write_bytes(bz2.compress("\n".join(lines).encode()))
+    rows = list(read_rows(str(subset), SOURCES["yfcc15m"], str(metadata)))
+    assert rows[0] == Row("http://farm/3.jpg", "A black dog on grass")
+    assert rows[1].caption is not None and rows[1].caption.startswith("Two cats. word word")
+    assert len(rows[1].caption) <= 10 + 200 and rows[1].caption.endswith("word")
+    assert rows[2:] == [
+        Row("http://farm/8.jpg", ""),
+        Row(None, None, "a video"),
+        Row(None, None, "not in the metadata"),
+    ]
+    config = PrepareConfig(nouns=False)
+    plan = prepare.prepare(str(subset), SOURCES["yfcc15m"], str(tmp_path / "out"), config, str(metadata))
+    assert (plan.list_rows, plan.rows) == (5, 2)
+    assert plan.left_out == {"caption too short": 1, "a video": 1, "not in the metadata": 1}
+
+
+def test_a_list_that_is_not_yfcc(tmp_path: Path) -> None:
+    (tmp_path / "subset.tsv").write_text("a dog\thttp://h/1\n")
+    (tmp_path / "metadata").write_text("")
+    with pytest.raises(UserError, match="photo id"):
+        list(read_rows(str(tmp_path / "subset.tsv"), SOURCES["yfcc15m"], str(tmp_path / "metadata")))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/data").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_loads(path: Path) -> None:
+    if path.stem == "photos":
+        words = ["--images", "x", "--captions", "x", "--output", "x"]
+        assert parse(PackConfig, ["--config", str(path), *words], "pack").image_column == "image"
+        return
+    words = ["url_list=x.tsv", "output=x", *(["metadata=y"] if path.stem == "yfcc15m" else [])]
+    config = parse(DownloadConfig, ["--config", str(path), *words], "download")
+    assert config.source == ("pairs" if path.stem == "demo" else path.stem)
+    assert config.fetch.allowed_networks == (["127.0.0.0/8"] if path.stem == "demo" else [])
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -61,6 +118,7 @@ def test_parquet(tmp_path: Path) -> None:
         ("list.doc", b"x", "must be a .tsv, .csv or .parquet"),
         ("list.parquet", b"no parquet at all", "cannot be read"),
         ("list.tsv.gz", b"not compressed", "cannot be read"),
+        ("list.tsv.bz2", b"not compressed", "cannot be read"),
         ("other.parquet", "table", "no column caption or url"),
     ],
 )
@@ -248,7 +306,7 @@ def test_sources_tell_what_they_are() -> None:
     with pytest.raises(ValueError, match="choose one of"):
         sources.get("laion")
     for source in SOURCES.values():
-        assert {"url", "caption"} <= set(source.columns)
+        assert {"url", "caption"} <= set(source.columns) or source.needs_metadata
 
 
 def test_ids_fit_64_bits() -> None:

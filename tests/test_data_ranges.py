@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from data_sets import write_pairs
 from faulty_proxy import FAULTS, FaultyProxy
 from test_data_stream import config, open_stream, rows_of
@@ -55,10 +54,11 @@ def test_every_fault_is_outlived(
     bucket: tuple[str, Path], store: ObjectStore, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     url, local = bucket
+    # The samples are small: without this, a whole shard would come with one request.
+    monkeypatch.setattr("pacl_scale.data.reader.LARGEST_READ", 20_000)
     with FaultyProxy(store.endpoint, share=0.25, faults=(fault,)) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         stream = open_stream(config(url, read=READ), 10)
-        proxy.spoiled.clear()
         rows, retried = [], 0
         with stream:
             for _, batch in zip(range(12), stream, strict=False):
@@ -158,7 +158,5 @@ def test_memory_is_bounded_by_the_read_ahead(tmp_path: Path) -> None:
         iterator = iter(stream)
         for _ in range(20):
             next(iterator)
-            run = stream._running
-            assert run is not None
-            assert run._ahead._held <= (1 << 20) + 4 * 4096
-    assert torch.get_num_threads() >= 1
+            assert stream._running is not None
+            assert stream._running._ahead.held <= (1 << 20) + 4 * 4096

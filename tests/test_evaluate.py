@@ -284,6 +284,31 @@ def test_captions_are_read_as_csv(tmp_path: Path) -> None:
         open_captioned(CaptionedConfig(str(table)))
 
 
+def test_retrieval_pools_patches_with_the_checkpoints_own_attention(colours: Path) -> None:
+    # One quarter of the first picture is pure red, all of the second is a dull red: what is nearer to "red"
+    # depends on whether the patches that fit are attended to, or all alike.
+    images = colours / "two" / "images"
+    images.mkdir(parents=True)
+    patches = np.full((16, 16, 3), (0, 0, 255), np.uint8)
+    patches[:4] = (255, 0, 0)
+    Image.fromarray(patches).save(images / "quarter.png")
+    Image.new("RGB", (16, 16), (153, 0, 102)).save(images / "dull.png")
+    (colours / "two" / "val.csv").write_text("image,caption\nquarter.png,red\ndull.png,green\n")
+    found = {}
+    for scale in (50.0, 0.0):
+        run = write_run(colours / f"scale{scale:.0f}", loss={"attention_scale": scale})
+        two = {"two": CaptionedConfig(str(colours / "two" / "val.csv"))}
+        rows = evaluate(EvaluateConfig(str(run), retrieval=two, controls=[], precision="fp32", threads=1))
+        found[scale] = rows[0].scores["text_to_image"]["R@1"]
+    assert found[50.0] > found[0.0]
+
+
+def test_a_captioned_picture_that_is_none_is_named(colours: Path) -> None:
+    (colours / "captions" / "images" / "red.png").write_text("no picture")
+    with pytest.raises(UserError, match=r"red\.png cannot be used: not a picture"):
+        main(words(colours, "examples=0"))
+
+
 def test_reading_ahead_keeps_the_order_and_passes_faults_on() -> None:
     assert list(read_ahead(range(50), lambda number: number * 2, 3)) == list(range(0, 100, 2))
 

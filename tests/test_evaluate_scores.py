@@ -106,6 +106,10 @@ def test_oracle_is_the_majority_of_each_patch() -> None:
     assert labels[0, 0] == 1 and labels[7, 0] == 0 and 2 not in labels
     np.testing.assert_array_equal(oracle_labels(truth, (8, 8), 3)[:, :4], truth[:, :4])
 
+    # Empty patches vote for nothing, so they cannot outvote a lone patch at its corner.
+    truth[:, 4:], truth[4:] = NOT_SCORED, NOT_SCORED
+    assert (oracle_labels(truth, (2, 2), 3)[:4, :4] == 1).all()
+
 
 def test_void_background_and_classes_become_positions() -> None:
     classes = ClassList(words={3: "cat", 1: "dog"}, void=255, background=0)

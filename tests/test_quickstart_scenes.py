@@ -14,7 +14,8 @@ from PIL import Image
 from pacl_scale.errors import UserError
 from pacl_scale.evaluate.pictures import AnnotatedConfig, open_annotated
 from pacl_scale.evaluate.retrieval import CaptionedConfig, open_captioned
-from pacl_scale.quickstart.backgrounds import BACKGROUNDS, plate
+from pacl_scale.quickstart import scenes
+from pacl_scale.quickstart.backgrounds import BACKGROUNDS, cut_background, plate
 from pacl_scale.quickstart.captions import GROUND_PHRASES, Thing, plural, write_caption
 from pacl_scale.quickstart.paint import COLOURS, TEXTURES, paint_object
 from pacl_scale.quickstart.scenes import (
@@ -197,7 +198,7 @@ def test_mask_is_where_the_thing_is() -> None:
 def test_a_thing_in_front_hides_what_lies_behind_and_is_cut_at_the_border() -> None:
     canvas, mask = np.zeros((64, 64, 3), np.float32), np.full((64, 64), CLASSES.index("night"), np.uint8)
     heart, apple = Thing("heart", "red", "plain", 0.5, 0.5, 0.5), Thing("apple", "green", "plain", 0.5, 0.9, 0.5)
-    covers = {}
+    covers: dict[str, int] = {}
     for thing in (heart, apple):
         tile = paint_object(thing.kind, thing.colour, "plain", 40, 0, False, -120, np.random.default_rng(0))
         covers[thing.kind] = int((tile.cover >= 0.5).sum())
@@ -209,6 +210,33 @@ def test_a_thing_in_front_hides_what_lies_behind_and_is_cut_at_the_border() -> N
     assert (red[:, 0] > red[:, 1]).mean() > 0.95
     assert (green[:, 1] > green[:, 0]).mean() > 0.8
     assert (canvas[mask == CLASSES.index("night")].max(axis=1) < 140).all()
+
+
+def test_mask_holds_the_pixels_that_are_covered_by_half_or_more() -> None:
+    tile = paint_object("heart", "red", "plain", 40, 15, False, -120, np.random.default_rng(0))
+    for x, y in ((0.5, 0.5), (0.05, 0.5), (0.5, 0.98), (1.0, 0.0)):
+        canvas, mask = np.zeros((64, 64, 3), np.float32), np.zeros((64, 64), np.uint8)
+        lay(canvas, mask, tile, Thing("heart", "red", "plain", 0.6, x, y))
+        height, width = tile.cover.shape
+        whole = np.zeros((64 + 2 * height, 64 + 2 * width), bool)  # room for what sticks out
+        top, left = height + round(y * 64 - height / 2), width + round(x * 64 - width / 2)
+        whole[top : top + height, left : left + width] = tile.cover >= 0.5
+        expected = whole[height:-height, width:-width]
+        assert np.array_equal(mask == CLASSES.index("heart"), expected)
+        assert (canvas[expected].max(axis=1) > 50).all()
+
+
+def test_splits_are_cut_from_different_plates(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+
+    def spy(name: str, size: int, plate_seed: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+        used.append(plate_seed)
+        return cut_background(name, size, plate_seed, rng)
+
+    monkeypatch.setattr(scenes, "cut_background", spy)
+    for seed, split in ((0, "train"), (0, "test"), (1, "train")):
+        draw_scene(SceneConfig(size=64, seed=seed), split, 0)  # type: ignore[arg-type]
+    assert len(set(used)) == 3
 
 
 # --- shapes and paint --------------------------------------------------------------------------------------
@@ -329,7 +357,7 @@ def test_captions_give_things_their_own_colours_and_textures() -> None:
 def test_captions_tell_left_from_right_and_above_from_below() -> None:
     checked = 0
     for caption, things, _ in random_captions(4000):
-        found = re.search(r"^(.*?) (left of|right of|above|below) (.*)$", caption.lower().rstrip("."))
+        found = re.search(r"^(.*?) (to the left of|to the right of|above|below) (.*)$", caption.lower().rstrip("."))
         if found is None or found.group(2) == "above" and "above the water" in caption.lower():
             continue
         sides = []
@@ -340,8 +368,8 @@ def test_captions_tell_left_from_right_and_above_from_below() -> None:
         if first is None or second is None:
             continue
         true = {
-            "left of": first.x < second.x,
-            "right of": first.x > second.x,
+            "to the left of": first.x < second.x,
+            "to the right of": first.x > second.x,
             "above": first.y < second.y,
             "below": first.y > second.y,
         }

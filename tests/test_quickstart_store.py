@@ -14,7 +14,7 @@ import pytest
 
 from pacl_scale import storage
 from pacl_scale.errors import UserError
-from pacl_scale.quickstart.store import ObjectStore, find_server
+from pacl_scale.quickstart.store import STOP_SECONDS, ObjectStore, find_server
 
 pytestmark = pytest.mark.s3
 
@@ -136,8 +136,9 @@ def test_pause_kill_and_restart(tmp_path: Path) -> None:
         assert store.endpoint == endpoint
         assert client.get_object(Bucket="demo", Key="k")["Body"].read() == b"v"
         store.pause()
-        paused = store.pid
+        paused, started = store.pid, time.monotonic()
     assert paused is not None and not is_alive(paused)
+    assert time.monotonic() - started < STOP_SECONDS, "it had to be killed"
 
 
 def test_taken_port_is_named(tmp_path: Path) -> None:

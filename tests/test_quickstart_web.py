@@ -59,7 +59,11 @@ def test_requests_are_counted() -> None:
 
 def test_head_has_no_body() -> None:
     with PictureServer({"a.jpg": b"jpeg"}) as server:
-        assert ask(server, "/a.jpg", "HEAD") == (200, "image/jpeg", b"")
+        port = urlsplit(server.url).port
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            connection.sendall(b"HEAD /a.jpg HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            answer = b"".join(iter(lambda: connection.recv(4096), b""))
+        assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"\r\nContent-Length: 4\r\n\r\n")
 
 
 def test_many_clients_at_once() -> None:

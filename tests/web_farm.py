@@ -1,5 +1,6 @@
 """A loopback web server full of what the open web does to a downloader: for the tests of data_prep."""
 
+import functools
 import io
 import threading
 import time
@@ -55,6 +56,10 @@ class WebFarm:
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
+
+    def warm_up(self) -> None:
+        """Draw what takes long now, so that no answer is late because of it."""
+        _bomb()
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self._server.server_address[1]}/{path}"
@@ -264,5 +269,6 @@ class _Answers(BaseHTTPRequestHandler):
         self.send(encoded(draw(self.number())), X_Robots_Tag="noai")
 
 
+@functools.cache
 def _bomb() -> bytes:
     return encoded(Image.new("L", (20_000, 20_000)), "PNG")

@@ -6,7 +6,7 @@ the ids of all that is known to be true of it; the loss can then tell a negative
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -45,7 +45,7 @@ class PictureTexts:
         return list(dict.fromkeys(text_id(text) for text in (*self.captions, *self.nouns)))
 
 
-def read_texts(members: dict[str, bytes]) -> PictureTexts | None:
+def read_texts(members: Mapping[str, bytes | memoryview]) -> PictureTexts | None:
     """The texts of a sample: ``captions`` and ``nouns`` of its ``json`` member, else the ``txt`` member.
 
     Args:
@@ -55,13 +55,13 @@ def read_texts(members: dict[str, bytes]) -> PictureTexts | None:
         None where there is no caption, or no JSON where JSON should be.
     """
     try:
-        meta: Any = json.loads(members.get("json", b"{}"))
+        meta: Any = json.loads(bytes(members.get("json", b"{}")))
     except ValueError:
         return None
     meta = meta if isinstance(meta, dict) else {}
     captions = _strings(meta.get("captions"))
     if not captions:
-        single = members.get("txt", b"").decode("utf-8", "replace")
+        single = bytes(members.get("txt", b"")).decode("utf-8", "replace")
         captions = _strings([single]) or _strings([meta.get("caption")])
     return PictureTexts(captions, _strings(meta.get("nouns"))) if captions else None
 

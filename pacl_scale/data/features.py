@@ -84,7 +84,7 @@ class FeatureFormat:
             for code, scale in zip(codes, scales, strict=True)
         ]
 
-    def read(self, members: Mapping[str, bytes], ids: np.ndarray | None, out_ND: Tensor) -> None:
+    def read(self, members: Mapping[str, bytes | memoryview], ids: np.ndarray | None, out_ND: Tensor) -> None:
         """Write the tokens ``ids`` (all if None) of a sample into ``out_ND``, float32.
 
         Raises:

@@ -187,42 +187,41 @@ class TarMember:
 
     @property
     def end(self) -> int:
-        return self.data + _padded(self.size)
+        return self.data + padded(self.size)
 
 
-def read_members(stream: BinaryIO, name: str, whole: bool = True) -> Iterator[TarMember]:
+def read_members(stream: BinaryIO, name: str) -> Iterator[TarMember]:
     """Walk the regular files of a tar, reading to its end.
 
     The standard library's reader takes a damaged header for the end of the archive. This one does not, so a
     tar that was cut short is never taken for a complete one.
 
     Args:
-        stream: the tar, or with ``whole=False`` a piece of one, cut at member boundaries.
+        stream: the tar.
         name: what to call it in an error.
-        whole: demand the two zero blocks that end an archive, and nothing but zeros after them.
 
     Raises:
-        DamagedTar: cut short, not a tar, or a header whose checksum does not match.
+        DamagedTar: not a tar, a header whose checksum does not match, or no two zero blocks at the end and nothing
+            but zeros after them.
     """
     start, offset = 0, 0
     long_name: str | None = None
     long_size: int | None = None
     while True:
         block = stream.read(BLOCK)
-        if not block and not whole:
-            return
         if len(block) < BLOCK:
             raise DamagedTar(f"{name} is damaged at byte {offset:,}: it ends without an end-of-archive mark")
         if block == ZERO_BLOCK:
             return _check_end(stream, name, offset)
         try:
-            short_name, size, kind = _parse_header(block)
+            check_header(block)
+            short_name, size, kind = parse_header(block)
         except ValueError as error:
             raise DamagedTar(f"{name} is damaged at byte {offset:,}: {error}") from error
         offset += BLOCK
         if kind in (PAX_HEADER, GNU_LONG_NAME):
             record = _read_record(stream, size, name, offset)
-            offset += _padded(size)
+            offset += padded(size)
             if kind == GNU_LONG_NAME:
                 long_name = _text(record)
             else:
@@ -233,8 +232,8 @@ def read_members(stream: BinaryIO, name: str, whole: bool = True) -> Iterator[Ta
         # Links, folders and devices have no data, whatever size their header claims.
         size = 0 if kind in WITHOUT_DATA else size if long_size is None else long_size
         data = offset
-        _skip(stream, _padded(size), name, offset)
-        offset += _padded(size)
+        _skip(stream, padded(size), name, offset)
+        offset += padded(size)
         if kind in REGULAR_FILE and not short_name.endswith("/"):
             yield TarMember(long_name or short_name, start, data, size)
         start, long_name, long_size = offset, None, None
@@ -347,18 +346,23 @@ def _listed(causes: Counter[str]) -> str:
     return ", ".join(f"{count} with {cause}" for cause, count in causes.most_common())
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
+    """``size`` rounded up to whole blocks of a tar."""
     return -(-size // BLOCK) * BLOCK
 
 
-def _parse_header(block: bytes) -> tuple[str, int, bytes]:
-    """Name, size and type flag of a tar header. Raises ValueError where it is none.
-
-    The standard library's parser builds the whole member, owner and dates included; the stream reads some six
-    headers a sample under the interpreter's lock, so it has to be quick.
-    """
+def check_header(block: bytes) -> None:
+    """Raise ValueError where the checksum of a tar header is not that of its bytes."""
     if sum(block) - sum(block[148:156]) + 8 * ord(" ") != _number(block[148:156]):
         raise ValueError("a header whose checksum does not match")
+
+
+def parse_header(block: bytes) -> tuple[str, int, bytes]:
+    """Name, size and type flag of a tar header. Raises ValueError where it is none.
+
+    The standard library's parser builds the whole member, owner and dates included; the stream reads three to six
+    headers a sample under the interpreter's lock, so it has to be quick.
+    """
     name, kind = _text(block[:100]), block[156:157]
     if kind == b"S":
         raise ValueError("a sparse file, which is not supported")
@@ -403,8 +407,8 @@ def _check_end(stream: BinaryIO, name: str, offset: int) -> None:
 def _read_record(stream: BinaryIO, size: int, name: str, offset: int) -> bytes:
     if size > LONGEST_HEADER_RECORD:
         raise DamagedTar(f"{name} is damaged at byte {offset:,}: a header record of {size:,} bytes")
-    content = stream.read(_padded(size))
-    if len(content) < _padded(size):
+    content = stream.read(padded(size))
+    if len(content) < padded(size):
         raise DamagedTar(f"{name} is damaged at byte {offset:,}: it ends in the middle of a header")
     return content[:size]
 

@@ -48,14 +48,14 @@ def concatenate(parts: Sequence[Picks]) -> Picks:
 
 
 def split(batch: Picks, world_size: int, rank: int) -> Picks:
-    """The rank's part of a global batch: a run of it, sorted by where the samples lie.
+    """The rank's part of a global batch, in the order of the batch.
 
-    The loss is over all pairs of the global batch, so any partition gives the same loss. This one lets a
-    rank read few chunks, and the ranks' parts laid end to end are the same list for every world size.
+    The loss is over all pairs of the global batch, so any partition gives the same loss. This one goes by where the
+    samples lie, so that a rank reads few chunks, and whole.
     """
-    order = np.lexsort((batch.epoch, batch.sample, batch.source))
+    by_place = np.lexsort((batch.epoch, batch.sample, batch.source))
     bounds = len(batch) * np.arange(world_size + 1) // world_size
-    return batch[order[bounds[rank] : bounds[rank + 1]]]
+    return batch[np.sort(by_place[bounds[rank] : bounds[rank + 1]])]
 
 
 class EpochOrder:

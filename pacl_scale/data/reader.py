@@ -171,7 +171,7 @@ class ReadAhead:
         self._reads = plan.reads()
         self._places: dict[tuple[int, int, int], tuple[Future[list[bytes | None]], int]] = {}
         self._lock = threading.Lock()
-        self._held = 0
+        self.held = 0
         self._finished = False
 
     def start(self, picks: Picks) -> list["Awaited"]:
@@ -180,7 +180,7 @@ class ReadAhead:
         for key in keys:
             while key not in self._places:
                 self._begin_next()
-        while self._held < self._budget and not self._finished:
+        while self.held < self._budget and not self._finished:
             self._begin_next()
         return [Awaited(self, *self._places.pop(key)) for key in keys]
 
@@ -193,7 +193,7 @@ class ReadAhead:
     def release(self, size: int) -> None:
         """``size`` bytes are no longer held."""
         with self._lock:
-            self._held -= size
+            self.held -= size
 
     def _begin_next(self) -> None:
         read = next(self._reads, None)
@@ -202,7 +202,7 @@ class ReadAhead:
             return
         index = self._readers[read.source].index
         with self._lock:
-            self._held += int(index.length[read.samples].sum())
+            self.held += int(index.length[read.samples].sum())
         future = self._threads.submit(self._carry_out, read)
         for place, sample in enumerate(read.samples):
             self._places[(read.source, read.epoch, int(sample))] = (future, place)

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 from pacl_scale.data import captions
+from pacl_scale.data.buffers import Buffers
 from pacl_scale.data.captions import PictureTexts, TextConfig
-from pacl_scale.data.decode import BadPicture, PictureConfig, decode, normalise_
+from pacl_scale.data.decode import BadPicture, PictureConfig, decode, normalise
 from pacl_scale.data.features import FeatureFormat
 from pacl_scale.data.index import PICTURE_EXTENSIONS, DamagedTar, SampleIndex, hash_key
 from pacl_scale.data.order import EndlessOrder, Mixture, Picks
 from pacl_scale.data.ranges import ShardChanged, ShardReader
 from pacl_scale.data.reader import Awaited, Plan, ReadAhead, ReadConfig
-from pacl_scale.data.sample import read_sample
+from pacl_scale.data.sample import Members, read_sample
 from pacl_scale.distributed import World
 from pacl_scale.errors import UserError
 from pacl_scale.log import get_logger
@@ -38,6 +39,8 @@ log = get_logger(__name__)
 
 SAMPLES_A_TASK = 8
 """Samples that a decode thread takes at a time: enough that handing them out costs nothing."""
+
+EXACT = PictureConfig(exact=True)
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -201,6 +204,7 @@ class PairStream:
         self.seen = 0
         """Samples of this rank so far, the unusable ones included."""
         self.preprocess: Preprocess | None = None
+        self.buffers = Buffers(pin=world.device.type == "cuda")
         self._mixture = self._mix(position, None)
         self._running: _Run | None = None
         self._check()
@@ -382,17 +386,17 @@ class _Pending:
         self.tasks: list[Future[None]] = []
         self._stream, self._picks, self._position_after = stream, picks, position_after
         self._rows: list[_Row | str] = [""] * len(picks)
-        features, preprocess, pin = stream.features, stream.preprocess, stream.world.device.type == "cuda"
+        features, preprocess = stream.features, stream.preprocess
         self._patch_sample = 0 if stream.ordered else stream.config.patch_sample
         self._images, self._patches, self._patch_ids = None, None, None
         if features is not None:
             count = self._patch_sample if self._patch_sample < features.tokens else 0
-            self._patches = torch.empty(len(picks), count or features.tokens, features.width, pin_memory=pin)
+            self._patches = stream.buffers.empty(len(picks), count or features.tokens, features.width)
             self._patch_ids = torch.empty(len(picks), count, dtype=torch.int64) if count else None
         else:
             assert preprocess is not None
             size = preprocess.image_size
-            self._images = torch.empty(len(picks), 3, size, size, pin_memory=pin)
+            self._images = stream.buffers.empty(len(picks), 3, size, size)
 
     def load(self, rows: Sequence[int], awaited: Sequence[Awaited]) -> None:
         """Fill ``rows``; runs in a decode thread."""
@@ -456,7 +460,7 @@ class _Pending:
             self._load_picture(row, members, epoch, key)
         return _Row(key, texts, text, text_id, patch_seed)
 
-    def _load_patches(self, row: int, members: Mapping[str, bytes], patch_seed: int) -> None:
+    def _load_patches(self, row: int, members: Members, patch_seed: int) -> None:
         features, ids = self._stream.features, None
         assert features is not None and self._patches is not None
         if self._patch_ids is not None:
@@ -464,16 +468,15 @@ class _Pending:
             self._patch_ids[row] = torch.from_numpy(ids)
         features.read(members, ids, self._patches[row])
 
-    def _load_picture(self, row: int, members: Mapping[str, bytes], epoch: int, key: str) -> None:
+    def _load_picture(self, row: int, members: Members, epoch: int, key: str) -> None:
         stream, config = self._stream, self._stream.config.picture
         assert stream.preprocess is not None and self._images is not None
         content = next((members[extension] for extension in PICTURE_EXTENSIONS if extension in members), None)
         if content is None:
             raise BadPicture("no picture")
         draws = None if stream.ordered else captions.draws(stream.seed, epoch, key, "picture", 4)
-        pixels = decode(content, stream.preprocess, config, draws)
-        self._images.numpy()[row] = pixels.transpose(2, 0, 1)
-        normalise_(self._images[row], stream.preprocess)
+        pixels = decode(content, stream.preprocess, EXACT if stream.ordered else config, draws)
+        normalise(pixels, stream.preprocess, self._images.numpy()[row])
 
     def _count_skipped(self) -> Counter[str]:
         stream = self._stream

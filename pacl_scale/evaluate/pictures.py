@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pacl_scale import storage
+from pacl_scale.data.decode import FORMATS
 from pacl_scale.errors import UserError
 from pacl_scale.evaluate.classes import ClassList, read_class_list
 
@@ -130,7 +131,7 @@ def read_ahead(items: Iterable[Item], read: Callable[[Item], Result], threads: i
 def _open(address: str) -> Image.Image:
     content = storage.read_bytes(address)
     try:
-        picture = Image.open(io.BytesIO(content))
+        picture = Image.open(io.BytesIO(content), formats=FORMATS)
         if picture.width * picture.height > MAX_PIXELS:
             raise UserError(f"{address} has more than {MAX_PIXELS // 1_000_000} million pixels")
         picture.load()

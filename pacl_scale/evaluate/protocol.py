@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from pacl_scale.data.decode import FILTERS, normalise
 from pacl_scale.encoders import PAPER_TEMPLATES, Preprocess, TextEncoder, prompt_ensemble
 
 # C classes, h x w the grid of patches, H x W the picture as it came.
@@ -19,8 +20,6 @@ TEMPLATES = {"paper": PAPER_TEMPLATES, "single": ("a photo of a {}.",), "none": 
 
 CLASSES_AT_ONCE = 32
 """Classes upsampled together: bounds memory to 32 full-size float maps, whatever the number of classes."""
-
-INTERPOLATION = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,15 @@ class Protocol:
 
 def as_input(picture: Image.Image, size: tuple[int, int], preprocess: Preprocess) -> Tensor:
     """A picture resized to ``size`` (height, width) and normalised as the tower wants: (3, H, W) float32."""
-    resized = picture.convert("RGB").resize((size[1], size[0]), INTERPOLATION[preprocess.interpolation])
-    pixels_3HW = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float().div_(255)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocess.mean, preprocess.std))
-    return (pixels_3HW - mean) / std
+    resized = picture.convert("RGB").resize((size[1], size[0]), FILTERS[preprocess.interpolation])
+    return normalised(np.asarray(resized), preprocess)
+
+
+def normalised(pixels_HW3: np.ndarray, preprocess: Preprocess) -> Tensor:
+    """RGB pixels of 0 to 255 as the numbers that the tower expects: (3, H, W) float32."""
+    pixels_3HW = np.empty((3, *pixels_HW3.shape[:2]), np.float32)
+    normalise(pixels_HW3, preprocess, pixels_3HW)
+    return torch.from_numpy(pixels_3HW)
 
 
 def class_vectors(text_encoder: TextEncoder, synonyms: Sequence[Sequence[str]], protocol: Protocol) -> Tensor:

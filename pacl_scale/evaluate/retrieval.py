@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from pacl_scale import log, storage
+from pacl_scale.data.decode import BadPicture, PictureConfig, decode
 from pacl_scale.errors import UserError
 from pacl_scale.evaluate.methods import Method, Towers
-from pacl_scale.evaluate.pictures import read_ahead, read_picture
-from pacl_scale.evaluate.protocol import as_input
+from pacl_scale.evaluate.pictures import read_ahead
+from pacl_scale.evaluate.protocol import normalised
 from pacl_scale.evaluate.rows import Row
 from pacl_scale.similarity import patch_text_similarity
 
@@ -88,15 +89,19 @@ def evaluate_retrieval(
 ) -> list[Row]:
     """R@1, R@5 and R@10 both ways, one row a method; each picture and each text is encoded once.
 
-    Pictures are shown whole and square at the tower's own size, captions as they are.
+    Pictures are resized and cropped as the tower was trained (and PACL with it), captions taken as they are.
     """
     started = time.monotonic()
     texts_ND = towers.text.encode(data.texts).to(towers.device)
     phi: dict[str, list[Tensor]] = {method.name: [] for method in methods}
-    side = towers.vision.preprocess.image_size
+    preprocess = towers.vision.preprocess
 
     def prepare(address: str) -> Tensor:
-        return as_input(read_picture(address), (side, side), towers.vision.preprocess)
+        try:
+            pixels_HW3 = decode(storage.read_bytes(address), preprocess, PictureConfig(exact=True), None)
+        except BadPicture as error:
+            raise UserError(f"{address} cannot be used: {error}") from error
+        return normalised(pixels_HW3, preprocess)
 
     batches = [data.addresses[start : start + batch_size] for start in range(0, len(data.addresses), batch_size)]
     pictures = read_ahead(data.addresses, prepare, READERS)
@@ -113,7 +118,13 @@ def evaluate_retrieval(
         Row(
             task="retrieval",
             data_set=name,
-            protocol={"name": "retrieval", "resize": "square", "size": side, "ties": "count against", "text": "caption"},
+            protocol={
+                "name": "retrieval",
+                "resize": preprocess.resize,
+                "size": preprocess.image_size,
+                "text": "the caption as it is",
+                "ties": "count against the true answer",
+            },
             method=method.name,
             checkpoint=method.checkpoint | {"attention_scale": method.attention_scale, "pooling": method.pooling},
             towers=towers.config,

@@ -148,9 +148,7 @@ def encoded_batches(
         yield from encode(batch)
 
 
-def predict(
-    patches_1TD: Tensor, vectors_CD: Tensor, grid: tuple[int, int], size: tuple[int, ...]
-) -> np.ndarray:
+def predict(patches_1TD: Tensor, vectors_CD: Tensor, grid: tuple[int, int], size: tuple[int, ...]) -> np.ndarray:
     """Class positions (H, W) int64 of one picture from its embedded patches (1, T, D)."""
     scores_1Chw = patch_scores(patches_1TD, vectors_CD, grid)
     return best_class(scores_1Chw[0], size[0], size[1])[0].cpu().numpy()

@@ -4,9 +4,11 @@
 * :mod:`~pacl_scale.kernels.tiled`: any device, any size; recomputes in backward.
 * :mod:`~pacl_scale.kernels.triton`: CUDA; one fused kernel forward, one or two backward.
 
-Each offers ``pool(patches_BTD, texts_ND, scale, pooling, mask_BT)``, where the texts are unit vectors already and the
-patches are not. Call them through :func:`pacl_scale.similarity.patch_text_similarity`.
+Each offers ``pool(patches_BTD, texts_ND, scale, pooling, mask_BT)``, where the texts are unit vectors already, of the
+patches' type or a wider one, and the patches are not. Call them through :func:`pacl_scale.similarity.patch_text_similarity`.
 """
+
+import torch
 
 VECTOR_FLOOR = 1e-6
 """A vector shorter than this is divided by this instead of by its length when it is normalised."""
@@ -14,3 +16,8 @@ VECTOR_FLOOR = 1e-6
 POOLED_FLOOR = 1e-4
 """A pooled image vector shorter than this counts as this long. Its square is the resolution of float32, in which
 ``a.(G a)`` is accumulated: patches that cancel out give a small similarity instead of a random one."""
+
+
+def exact_type(dtype: torch.dtype) -> torch.dtype:
+    """The type of sums, and of all that is not a matrix product, for products of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pacl_scale.kernels import POOLED_FLOOR, VECTOR_FLOOR
+from pacl_scale.kernels import POOLED_FLOOR, VECTOR_FLOOR, exact_type
 
 
 def pool(patches_BTD: Tensor, texts_ND: Tensor, scale: Tensor, pooling: str, mask_BT: Tensor | None) -> Tensor:
@@ -17,12 +17,13 @@ def pool(patches_BTD: Tensor, texts_ND: Tensor, scale: Tensor, pooling: str, mas
 
     Args:
         patches_BTD: patch vectors of any length.
-        texts_ND: unit vectors, of the type in which to compute (float32 or float64).
+        texts_ND: unit vectors.
         scale: attention scale, zero-dimensional.
         pooling: "cosine", "mean" or "max".
         mask_BT: true where a patch counts; ``None``: all do.
     """
-    patches_BTD = patches_BTD.to(texts_ND.dtype)
+    exact = exact_type(patches_BTD.dtype)
+    patches_BTD, texts_ND = patches_BTD.to(exact), texts_ND.to(exact)
     if mask_BT is not None:
         patches_BTD = patches_BTD.masked_fill(~mask_BT.unsqueeze(-1), 0.0)
     patches_BTD = functional.normalize(patches_BTD, dim=-1, eps=VECTOR_FLOOR)

@@ -33,7 +33,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_compiled
-def _widen(bits, row):  # type: ignore[no-untyped-def]
+def _widen(bits, row):
     """float32 numbers (as bits) of a row of bfloat16 or float32 (as bits)."""
     if bits.itemsize == 2:
         for t in range(len(row)):
@@ -44,7 +44,7 @@ def _widen(bits, row):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _narrow(row, bits):  # type: ignore[no-untyped-def]
+def _narrow(row, bits):
     """The reverse, rounded to the nearest, ties to even."""
     if bits.itemsize == 2:
         for t in range(len(row)):
@@ -56,7 +56,7 @@ def _narrow(row, bits):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _attend(scores, bias, scale, attention, mean):  # type: ignore[no-untyped-def]
+def _attend(scores, bias, scale, attention, mean):
     images, patches = bias.shape
     score_bits, weight_bits = np.empty(patches, np.uint32), np.empty(patches, np.uint32)
     power_bits = np.empty(patches, np.uint32)
@@ -90,7 +90,7 @@ def _attend(scores, bias, scale, attention, mean):  # type: ignore[no-untyped-de
 
 
 @_compiled
-def _pooled_square(attention, mixed, square):  # type: ignore[no-untyped-def]
+def _pooled_square(attention, mixed, square):
     patches = attention.shape[1]
     weight_bits, h_bits = np.empty(patches, np.uint32), np.empty(patches, np.uint32)
     weight, h = weight_bits.view(np.float32), h_bits.view(np.float32)
@@ -104,7 +104,7 @@ def _pooled_square(attention, mixed, square):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _slopes(scores, attention, mixed, has_mixed, scale, up, inverse, pull, offset):  # type: ignore[no-untyped-def]
+def _slopes(scores, attention, mixed, has_mixed, scale, up, inverse, pull, offset):
     patches = attention.shape[1]
     score_bits, weight_bits = np.empty(patches, np.uint32), np.empty(patches, np.uint32)
     h_bits = np.empty(patches, np.uint32)

@@ -12,7 +12,7 @@ import functools
 import importlib.util
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import ModuleType
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pacl_scale.kernels import POOLED_FLOOR, VECTOR_FLOOR, passes
+from pacl_scale.kernels import POOLED_FLOOR, VECTOR_FLOOR, exact_type, passes
 
 Result = TypeVar("Result")
 
@@ -52,10 +52,10 @@ class _Pool(torch.autograd.Function):
         ctx: Any, patches_BTD: Tensor, texts_ND: Tensor, scale: Tensor, pooling: str, mask_BT: Tensor | None
     ) -> Tensor:
         problem = _Problem.of(patches_BTD, texts_ND, scale, pooling, mask_BT)
-        phi_BN = torch.empty(len(patches_BTD), len(texts_ND), dtype=texts_ND.dtype, device=texts_ND.device)
+        phi_BN = torch.empty(len(patches_BTD), len(texts_ND), dtype=problem.exact, device=texts_ND.device)
         inverse_BN = torch.empty_like(phi_BN) if pooling == "cosine" else None
         _share(problem, lambda groups: _forward(problem, groups, phi_BN, inverse_BN))
-        ctx.save_for_backward(patches_BTD, texts_ND, scale, mask_BT, phi_BN, inverse_BN)
+        ctx.save_for_backward(patches_BTD, problem.texts_ND, scale, mask_BT, phi_BN, inverse_BN)
         ctx.pooling = pooling
         return phi_BN
 
@@ -96,14 +96,12 @@ class _Problem:
     passes: ModuleType
 
     @staticmethod
-    def of(
-        patches_BTD: Tensor, texts_ND: Tensor, scale: Tensor, pooling: str, mask_BT: Tensor | None
-    ) -> "_Problem":
+    def of(patches_BTD: Tensor, texts_ND: Tensor, scale: Tensor, pooling: str, mask_BT: Tensor | None) -> "_Problem":
         B, T, _ = patches_BTD.shape
         on_cpu = patches_BTD.device.type == "cpu"
         limit = TILE_NUMBERS["cpu" if on_cpu else "cuda"]
         images = min(B, max(1, (TILE_PATCHES if on_cpu else limit // len(texts_ND)) // T))
-        exact = texts_ND.dtype
+        exact = exact_type(patches_BTD.dtype)
         bias_BT = torch.zeros(B, T, dtype=exact, device=patches_BTD.device)
         if mask_BT is not None:
             bias_BT.masked_fill_(~mask_BT, passes.HIDDEN)
@@ -161,9 +159,7 @@ class _Tile:
         """Make the tile of a block of texts; returns the mean scores (n, g), or the best ones."""
         problem, (g, T, D) = self.problem, self.units_gTD.shape
         n = block.stop - block.start
-        self.scores_ngT, self.attention_ngT, *mixed = (
-            buffer[: n * g * T].view(n, g, T) for buffer in self.buffers
-        )
+        self.scores_ngT, self.attention_ngT, *mixed = (buffer[: n * g * T].view(n, g, T) for buffer in self.buffers)
         torch.mm(problem.texts_ND[block], self.units_gTD.view(g * T, D).t(), out=self.scores_ngT.view(n, g * T))
         self.mixed_ngT = None
         if problem.pooling == "max":
@@ -282,9 +278,7 @@ def _cut(total: int, step: int) -> list[slice]:
     return [slice(start, min(total, start + step)) for start in range(0, total, step)]
 
 
-def _share(
-    problem: _Problem, work: Callable[[Sequence[slice]], Result], most: int | None = None
-) -> list[Result]:
+def _share(problem: _Problem, work: Callable[[Sequence[slice]], Result], most: int | None = None) -> list[Result]:
     """Do the groups of images in as many shares as there are threads (on a CPU), in an order that never changes.
 
     A core that makes whole tiles keeps them in its own cache, and nobody waits between two operations.

@@ -24,16 +24,11 @@ from pacl_scale.kernels.passes import HIDDEN
 MAX_PATCHES = 1024
 """More patches than this do not fit into the registers of one program."""
 
-TILE_NUMBERS = 1 << 14
-"""Scores of a program's tile: with 16 warps, 32 registers of each thread for every array of that size."""
+TILE_BYTES = 1 << 14
+"""A tile's scores in the type of the products, where 16 texts need no more. Twice this spills registers."""
 
 TILE_TEXTS = 128
 """Texts of a tile, at most; at least 16, below which there is no matrix instruction."""
-
-SLICE_WIDTH = 32
-"""Slice of D, and of T in h = G e, that is multiplied at a time."""
-
-WARPS = 16
 
 WORKSPACE_BYTES = 1 << 28
 """What a launch's e, gradients of scores and weights may take together; decides how many images a launch has."""
@@ -66,8 +61,9 @@ def _tile(
     s = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for start in range(0, D, SLICE):
         d = start + tl.arange(0, SLICE)
-        v = tl.load(units + (image * T + t[:, None]) * D + d[None, :], mask=(t[:, None] < T) & (d[None, :] < D), other=0.0)
-        x = tl.load(texts + n[None, :].to(tl.int64) * D + d[:, None], mask=(n[None, :] < N) & (d[:, None] < D), other=0.0)
+        inside_v, inside_x = (t[:, None] < T) & (d[None, :] < D), (n[None, :] < N) & (d[:, None] < D)
+        v = tl.load(units + (image * T + t[:, None]) * D + d[None, :], mask=inside_v, other=0.0)
+        x = tl.load(texts + n[None, :].to(tl.int64) * D + d[:, None], mask=inside_x, other=0.0)
         s = tl.dot(v, x, s, input_precision="ieee")
     hide = tl.load(bias + image * T + t, mask=t < T, other=-1e30)
     logits = s * scale + hide[:, None]
@@ -81,8 +77,9 @@ def _tile(
         tl.debug_barrier()
         for start in range(0, T, SLICE):
             u = start + tl.arange(0, SLICE)
-            g = tl.load(gram + (image * T + t[:, None]) * T + u[None, :], mask=(t[:, None] < T) & (u[None, :] < T), other=0.0)
-            w = tl.load(attention + (image * T + u[:, None]) * N + n[None, :], mask=(u[:, None] < T) & (n[None, :] < N), other=0.0)
+            inside_g, inside_w = (t[:, None] < T) & (u[None, :] < T), (u[:, None] < T) & (n[None, :] < N)
+            g = tl.load(gram + (image * T + t[:, None]) * T + u[None, :], mask=inside_g, other=0.0)
+            w = tl.load(attention + (image * T + u[:, None]) * N + n[None, :], mask=inside_w, other=0.0)
             h = tl.dot(g, w, h, input_precision="ieee")
     return s, a, h
 
@@ -142,20 +139,31 @@ def _backward(
 
 @dataclass(frozen=True)
 class Launch:
-    """How a problem is cut into programs."""
+    """How a problem is cut into programs, such that nothing spills from registers (``docs/similarity.md``)."""
 
     block_t: int
     block_n: int
-    warps: int = WARPS
-    slice: int = SLICE_WIDTH
+    slice: int
+    """Slice of D, and of T in h = G e, that is multiplied at a time."""
+    warps: int
+    stages: int
 
     @staticmethod
-    def of(patches: int) -> "Launch":
-        """For so many patches an image."""
+    def of(patches: int, element_size: int) -> "Launch":
+        """For so many patches an image, of so many bytes a number."""
         block_t = max(16, triton.next_power_of_2(patches))
-        return Launch(block_t, max(16, min(TILE_TEXTS, TILE_NUMBERS // block_t)))
+        fitting = TILE_BYTES // element_size // block_t
+        block_n = max(16, min(TILE_TEXTS, fitting))
+        wide = block_t > 512
+        return Launch(
+            block_t=block_t,
+            block_n=block_n,
+            slice=16 if wide or element_size == 4 else 32,
+            warps=8 if fitting >= 16 else 16,
+            stages=2 if wide else 3,
+        )
 
-    def constants(self, pooling: str) -> dict[str, Any]:
+    def arguments(self, pooling: str) -> dict[str, Any]:
         """The compile-time arguments of a kernel."""
         return {
             "BLOCK_T": self.block_t,
@@ -163,6 +171,10 @@ class Launch:
             "SLICE": self.slice,
             "COSINE": pooling == "cosine",
         }
+
+    def options(self) -> dict[str, int]:
+        """The options of its compilation."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 class _Pool(torch.autograd.Function):
@@ -176,7 +188,7 @@ class _Pool(torch.autograd.Function):
         for group in problem.groups(1):
             g = problem.begin(group)
             problem.run(_forward, g, phi_BN[group], _rows(inverse_BN, group), end=POOLED_FLOOR**2)
-        ctx.save_for_backward(patches_BTD, texts_ND, scale, mask_BT, phi_BN, inverse_BN)
+        ctx.save_for_backward(patches_BTD, problem.texts_ND, scale, mask_BT, phi_BN, inverse_BN)
         ctx.pooling = pooling
         return phi_BN
 
@@ -186,7 +198,7 @@ class _Pool(torch.autograd.Function):
         patches_BTD, texts_ND, scale, mask_BT, phi_BN, inverse_BN = ctx.saved_tensors
         needs_patches, needs_texts, needs_scale = ctx.needs_input_grad[:3]
         grad_patches = torch.empty_like(patches_BTD) if needs_patches else None
-        grad_texts = torch.zeros_like(texts_ND) if needs_texts else None
+        grad_texts = torch.zeros_like(texts_ND, dtype=torch.float32) if needs_texts else None
         grad_scale = torch.zeros((), dtype=torch.float32, device=texts_ND.device)
         problem = _Problem(patches_BTD, texts_ND, scale, ctx.pooling, mask_BT)
         for group in problem.groups(3):
@@ -235,7 +247,7 @@ class _Problem:
         self.patches_BTD, self.mask_BT, self.pooling = patches_BTD, mask_BT, pooling
         self.texts_ND = texts_ND.to(patches_BTD.dtype).contiguous()
         self.scale = float(scale)
-        self.launch = Launch.of(patches_BTD.shape[1])
+        self.launch = Launch.of(patches_BTD.shape[1], patches_BTD.element_size())
         self.blocks = triton.cdiv(len(texts_ND), self.launch.block_n)
 
     def groups(self, arrays: int) -> list[slice]:
@@ -265,7 +277,7 @@ class _Problem:
         kernel[(self.blocks, len(g.units_gTD))](
             g.units_gTD, self.texts_ND, g.bias_gT, self.scale, g.gram_gTT, g.attention_gTN, *arrays,
             T, len(self.texts_ND), D, end,
-            **self.launch.constants(self.pooling), num_warps=self.launch.warps,
+            **self.launch.arguments(self.pooling), **self.launch.options(),
         )  # fmt: skip
 
 

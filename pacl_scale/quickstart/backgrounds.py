@@ -112,7 +112,7 @@ def _water(rng: np.random.Generator) -> Array:
     return _blend(image, _colour(206, 238, 240), crests)
 
 
-def _bricks(rng: np.random.Generator) -> Array:
+def _wall(rng: np.random.Generator) -> Array:
     x, y = _grid()
     height, width, joint = 22, 50, 3
     row = (y // height).astype(int)
@@ -127,7 +127,7 @@ def _bricks(rng: np.random.Generator) -> Array:
     return _blend(image, _colour(198, 190, 178), mortar) + (5 * _grain(rng))[..., None]
 
 
-def _planks(rng: np.random.Generator) -> Array:
+def _floor(rng: np.random.Generator) -> Array:
     x, y = _grid()
     plank = 58
     row = (y // plank).astype(int)
@@ -151,7 +151,7 @@ def _snow(rng: np.random.Generator) -> Array:
     return image + (glitter * 40 + 2.5 * _grain(rng))[..., None]
 
 
-def _stones(rng: np.random.Generator) -> Array:
+def _pavement(rng: np.random.Generator) -> Array:
     # Voronoi cells around one random point in each square of a grid: the nearest lies within two squares.
     x, y = _grid()
     square = 26
@@ -199,10 +199,10 @@ BACKGROUNDS: dict[str, Callable[[np.random.Generator], Array]] = {
     "sand": _sand,
     "sky": _sky,
     "water": _water,
-    "bricks": _bricks,
-    "planks": _planks,
+    "wall": _wall,
+    "floor": _floor,
     "snow": _snow,
-    "stones": _stones,
+    "pavement": _pavement,
     "night": _night,
 }
 """How the plate of each ground is drawn."""

@@ -17,12 +17,12 @@ NUMBERS = {2: ("two", "a pair of", "two"), 3: ("three", "three", "some"), 4: ("f
 GROUND_PHRASES: dict[str, tuple[str, ...]] = {
     "grass": ("on the grass", "in the grass", "on green grass", "in tall grass", "lying on the grass"),
     "sand": ("on the sand", "in the sand", "on yellow sand", "on dry sand", "lying on sand"),
-    "sky": ("in the sky", "in a blue sky", "up in the sky", "under the sky with white clouds", "in the cloudy sky"),
+    "sky": ("in the sky", "in a blue sky", "up in the sky", "in the cloudy sky", "high in the sky"),
     "water": ("in the water", "on the water", "floating on water", "over dark water", "above the water"),
-    "bricks": ("in front of bricks", "on red bricks", "on the bricks", "against the bricks", "before old bricks"),
-    "planks": ("on the planks", "on brown planks", "on wooden planks", "lying on planks", "on old planks"),
+    "wall": ("on the wall", "on a brick wall", "in front of a brick wall", "against the wall", "on a red wall"),
+    "floor": ("on the floor", "on a wooden floor", "lying on the floor", "on a brown floor", "on an old floor"),
     "snow": ("in the snow", "on white snow", "on the snow", "lying in the snow", "on fresh snow"),
-    "stones": ("on the stones", "on grey stones", "among the stones", "lying on stones", "on old stones"),
+    "pavement": ("on the pavement", "on grey pavement", "on a stone pavement", "lying on the pavement"),
     "night": ("at night", "in the night", "in the dark night", "late at night", "in a clear night"),
 }
 """How captions speak of each ground; each contains the ground's name."""
@@ -151,5 +151,5 @@ def _relation(mentioned: Sequence[Thing], rng: np.random.Generator) -> str:
         return str(rng.choice(["next to", "beside", "near"]))
     first, second = mentioned
     if abs(first.x - second.x) > abs(first.y - second.y):
-        return "left of" if first.x < second.x else "right of"
+        return "to the left of" if first.x < second.x else "to the right of"
     return "above" if first.y < second.y else "below"

