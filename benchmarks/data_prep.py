@@ -1,4 +1,4 @@
-"""Data preparation: rows/s and memory of making a plan; images/s beside plain img2dataset; does every row end somewhere?
+"""Data preparation: speed and memory of a plan, images/s beside plain img2dataset, and whether all states add up.
 
     python benchmarks/data_prep.py [--quick] [--json FILE] [--urls N] [--list-rows N]
 
@@ -44,7 +44,7 @@ SIZE = (320, 240)
 BAD_SHARE = 0.05
 """Of the URLs; they answer 404."""
 
-WORDS = "dog cat man woman child horse table chair street tree car boat red blue old young near on with under".split()
+WORDS = ["dog", "cat", "man", "woman", "child", "horse", "table", "chair", "street", "tree", "red", "old", "near", "on"]
 PLAIN = """
 import img2dataset, json, sys
 if __name__ == "__main__":
@@ -212,7 +212,7 @@ def _memory_of(process: psutil.Process) -> float:
 
 
 def states(url_list: Path, output: Path) -> tuple[int, int]:
-    """Rows of the list, and how many of them end in exactly one state in the shards or the account of what was left out."""
+    """Rows of the list, and how many of them end in exactly one state: in a shard, or among what was left out."""
     listed = Counter(line.split("\t")[1] for line in url_list.read_text().splitlines())
     ended: Counter[str] = Counter()
     for path in output.glob("[0-9]*.parquet"):

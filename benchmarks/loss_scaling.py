@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -125,7 +126,9 @@ def traffic(group: Any, rank: int, world: int) -> dict[str, Any]:
         patches = whole["patches"][own].requires_grad_()
         texts = whole["texts"][own].requires_grad_(name == "trainable")
         with counted() as bytes_of:
-            PACLLoss(LossConfig(backend="tiled"), group)(patches, texts, 20.0, text_ids=whole["text_ids"][own]).backward()
+            PACLLoss(LossConfig(backend="tiled"), group)(
+                patches, texts, 20.0, text_ids=whole["text_ids"][own]
+            ).backward()
         found[name] = dict(bytes_of)
     with counted() as bytes_of:
         for values in (whole["patches"], whole["texts"]):
@@ -137,10 +140,15 @@ def traffic(group: Any, rank: int, world: int) -> dict[str, Any]:
 def rank_main(rank: int, port: int, queue: Any) -> None:
     """One of the processes: all worlds in turn, each as a group of the first ranks."""
     torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=max(WORLDS)
-    )
+    # Before there is a group: with one, the loss would be that of all ranks.
     true, rows = one_process() if rank == 0 else None, []
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=max(WORLDS),
+        timeout=timedelta(seconds=120),
+    )
     for world in WORLDS:
         group = distributed.new_group(list(range(world)))
         if rank >= world:
@@ -156,7 +164,9 @@ def rank_main(rank: int, port: int, queue: Any) -> None:
             if true is not None:
                 losses, patch_parts, text_parts, scales = zip(*parts, strict=True)
                 whole = torch.stack(losses), torch.cat(patch_parts), torch.cat(text_parts), torch.stack(scales).sum()
-                errors = [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(whole, true, strict=True)]
+                errors = [
+                    ((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(whole, true, strict=True)
+                ]
                 rows.append({"world": world, "accumulation": accumulation, "max_rel_error": max(errors),
                              "seconds": seconds})  # fmt: skip
         if world > 1:
@@ -172,12 +182,13 @@ def rank_main(rank: int, port: int, queue: Any) -> None:
 
 def distributed_part() -> list[dict[str, Any]]:
     """Exactness and traffic, in eight processes."""
-    context = multiprocessing.get_context("spawn")
+    # Forked before torch has started a thread here, the ranks need not import it again eight times over.
+    context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ranks = [context.Process(target=rank_main, args=(rank, port, queue)) for rank in range(max(WORLDS))]
+    ranks = [context.Process(target=rank_main, args=(rank, port, queue), daemon=True) for rank in range(max(WORLDS))]
     for process in ranks:
         process.start()
     while queue.empty() and all(process.exitcode in (None, 0) for process in ranks):

@@ -129,9 +129,7 @@ def speed(dtype_name: str, rounds: int, deadline_s: float, more: bool) -> dict[s
     if more:
         candidates |= {
             "tiled, without numba": lambda: both_ways(ours_without_numba, patches, texts, up),
-            "autograd, whole batch": lambda: both_ways(
-                partial(straightforward, chunk=SIZE["B"]), patches, texts, up
-            ),
+            "autograd, whole batch": lambda: both_ways(partial(straightforward, chunk=SIZE["B"]), patches, texts, up),
             "autograd, SDPA": lambda: both_ways(attention_call, patches, texts, up),
             "own caption (another objective)": lambda: both_ways(own_caption, patches, texts, up),
             "single vector (CLIP)": lambda: both_ways(single_vector, patches, texts, up),

@@ -59,7 +59,9 @@ class PictureResizer(Resizer):
                 if picture.format in ("JPEG", "MPO"):
                     _check_complete(content)
                 deep = picture.format == "PNG" and content[PNG_DEPTH_AT] == 16
-                if deep or picture.getexif().get(ORIENTATION_TAG, 1) != 1:
+                # A PNG without the tag would be decoded by getexif() to look for one behind its pixels.
+                turned = "exif" in picture.info and picture.getexif().get(ORIENTATION_TAG, 1) != 1
+                if deep or turned:
                     return _redrawn(picture)
         except Image.DecompressionBombError as error:
             raise FetchError("too_many_pixels", str(error)) from error
@@ -78,6 +80,8 @@ class PictureResizer(Resizer):
 
 
 def _check_complete(content: bytes) -> None:
+    if content.endswith(b"\xff\xd9"):
+        return
     # Within a scan 0xFF is always escaped, so the end marker must follow the start of the last scan.
     if content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda"):
         raise FetchError("truncated", "the JPEG has no end")

@@ -29,8 +29,9 @@ _NEW_NAMES = hasattr(distributed, "all_gather_single")
 _ALL_GATHER = "all_gather_single" if _NEW_NAMES else "all_gather_into_tensor"
 _REDUCE_SCATTER = "reduce_scatter_single" if _NEW_NAMES else "reduce_scatter_tensor"
 
-ROW_BLOCK_NUMBERS = 1 << 22
-"""Logits are made for this many pairs at a time, so that nothing but phi and its gradient is as large as the table."""
+ROW_BLOCK_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 22}
+"""Logits are made for this many pairs at a time, so that nothing but phi and its gradient is as large as the table;
+on a CPU few enough for its cache."""
 
 
 @dataclass
@@ -67,14 +68,15 @@ class LogitScale(nn.Module):
 
     def __init__(self, config: LossConfig) -> None:
         super().__init__()
-        self.max_log_scale = -math.log(config.min_temperature)
+        self.start, self.max_log_scale = -math.log(config.temperature), -math.log(config.min_temperature)
+        # What is trained is the distance from the start: an engine may keep it in bfloat16, which near 0 is fine
+        # enough, while near the start itself one step of its mantissa would change the scale by more than 1 %.
         # One dimension, because engines that shard parameters do not take a zero-dimensional one.
-        start = torch.tensor([-math.log(config.temperature)])
-        self.log_scale = nn.Parameter(start, requires_grad=config.learn_temperature)
+        self.log_growth = nn.Parameter(torch.zeros(1), requires_grad=config.learn_temperature)
 
     def forward(self) -> Tensor:
         """The logit scale, a zero-dimensional float32 tensor."""
-        return self.log_scale.float().clamp(max=self.max_log_scale).exp().squeeze(0)
+        return (self.start + self.log_growth.float()).clamp(max=self.max_log_scale).exp().squeeze(0)
 
 
 @dataclass(frozen=True)
@@ -198,9 +200,9 @@ class _Pairs:
     """Columns of an image's own texts, padded with -1."""
     true_bK: Tensor | None
     """Ids of texts that are true of the image, padded with -1."""
-    ids_N: Tensor | None
     others: OtherPositives
-    columns_N: Tensor = field(repr=False)
+    columns: "_Values"
+    ids: "_Values | None"
 
     @staticmethod
     def build(
@@ -216,19 +218,20 @@ class _Pairs:
         if owner is not None and (len(owner) != n or not bool(((owner >= 0) & (owner < images)).all())):
             raise ValueError(f"text_owner must give one of {images} images for each of {n} texts")
         columns = torch.arange(phi.shape[1], device=phi.device)
+        ids = None if texts.ids_N is None else _Values(*torch.unique(texts.ids_N, return_inverse=True))
         own = _table(columns[texts.own], owner, images)
         true = None
         if texts.ids_N is not None:
             true = _table(texts.ids_N[texts.own], owner, images)
             true = true if image_ids is None else torch.cat([true, image_ids], dim=1)
-        return _Pairs(own, true, texts.ids_N, others, columns)
+        return _Pairs(own, true, others, _Values(columns, columns), ids)
 
     def masks(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         """Which pairs of these rows are targets, and which are left out (None: no pair)."""
-        own = _members(self.own_bK[rows], self.columns_N)
-        if self.true_bK is None or self.ids_N is None:
+        own = self.columns.found_in(self.own_bK[rows])
+        if self.true_bK is None or self.ids is None:
             return own, None
-        true = _members(self.true_bK[rows], self.ids_N)
+        true = self.ids.found_in(self.true_bK[rows])
         return (own | true, None) if self.others == "target" else (own, true & ~own)
 
 
@@ -245,12 +248,20 @@ def _table(values_n: Tensor, owner_n: Tensor | None, images: int) -> Tensor:
     return table
 
 
-def _members(table_bK: Tensor, values_N: Tensor) -> Tensor:
-    """(b, N): whether the value stands in the row's table."""
-    found = table_bK[:, :1] == values_N
-    for column in table_bK[:, 1:].unbind(1):
-        found |= column.unsqueeze(1) == values_N
-    return found
+@dataclass(frozen=True)
+class _Values:
+    """One integer for each of N columns, as the U different ones in ascending order and the place of each column's."""
+
+    different_U: Tensor
+    places_N: Tensor
+
+    def found_in(self, table_bK: Tensor) -> Tensor:
+        """(b, N): whether the column's value stands in the row's table. Work and memory are O(b (K log U + N))."""
+        place_bK = torch.searchsorted(self.different_U, table_bK).clamp_(max=len(self.different_U) - 1)
+        known_bK = self.different_U[place_bK] == table_bK
+        found_bU = torch.zeros(len(table_bK), len(self.different_U), dtype=torch.uint8, device=table_bK.device)
+        found_bU.scatter_reduce_(1, place_bK, known_bK.to(torch.uint8), "amax")
+        return found_bU.bool()[:, self.places_N]
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -277,17 +288,19 @@ class _CrossEntropy(torch.autograd.Function):
         loss = 0.5 * totals[0] / images + (columns.terms(smoothing) * column_weights).sum()
         if any(ctx.needs_input_grad[:2]):
             grads = _gradient(phi_bN, scale, pairs, smoothing, (rows, row_weights), (columns, column_weights))
-            ctx.world_size = _world_size(group)
-            ctx.save_for_backward(*grads)
+            # Not by save_for_backward: backward scales them in place, for the table is large and nobody else's.
+            ctx.grads, ctx.world_size = grads, _world_size(group)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_phi, grad_scale = ctx.saved_tensors
+        if ctx.grads is None:
+            raise RuntimeError("the loss's gradient can be taken once only; compute the loss again")
+        (grad_phi, grad_scale), ctx.grads = ctx.grads, None
         # The engine divides by the number of ranks; every rank's rows belong to the one global loss.
         up = grads[0] * ctx.world_size
-        return grad_phi * up, grad_scale * up, None, None, None
+        return grad_phi.mul_(up), grad_scale * up, None, None, None
 
 
 @dataclass(frozen=True)
@@ -365,7 +378,8 @@ def _gradient(
 
 
 def _row_blocks(phi_bN: Tensor) -> Iterator[slice]:
-    step = max(1, ROW_BLOCK_NUMBERS // phi_bN.shape[1])
+    numbers = ROW_BLOCK_NUMBERS["cpu" if phi_bN.device.type == "cpu" else "cuda"]
+    step = max(1, numbers // phi_bN.shape[1])
     for start in range(0, len(phi_bN), step):
         yield slice(start, min(start + step, len(phi_bN)))
 

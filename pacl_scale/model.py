@@ -43,6 +43,8 @@ class LoadedModel:
     """The resolved training configuration (keys vision, text, embedder, loss, ...)."""
     step: int
     path: str
+    towers: dict[str, Any]
+    """Fingerprints of the towers that it was trained on, keys vision and text."""
 
 
 def build_embedder(config: EmbedderConfig, width_in: int, width_out: int) -> PatchEmbedder:
@@ -67,7 +69,7 @@ def load_model(path: str, device: torch.device | str = "cpu") -> LoadedModel:
     except RuntimeError as error:
         raise UserError(f"{folder} was written by another architecture: {json.dumps(_shapes(weights))}") from error
     embedder.requires_grad_(False).eval().to(device)
-    return LoadedModel(embedder=embedder, config=config, step=state["step"], path=folder)
+    return LoadedModel(embedder=embedder, config=config, step=state["step"], path=folder, towers=state["towers"])
 
 
 def _shapes(weights: dict[str, Tensor]) -> dict[str, list[int]]:

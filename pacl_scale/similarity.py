@@ -64,7 +64,9 @@ def patch_text_similarity(
     exact = exact_type(patches.dtype)
     units = _unit_vectors(texts, exact if texts.requires_grad or backend == "eager" else patches.dtype)
     scale = torch.as_tensor(attention_scale, dtype=exact, device=_device_of(attention_scale)).reshape(())
-    return pool(patches, units, scale, pooling, patch_mask)
+    # The patches' type says in which to multiply; autocast would have another opinion.
+    with torch.autocast(patches.device.type, enabled=False):
+        return pool(patches, units, scale, pooling, patch_mask)
 
 
 def _check(patches: Tensor, texts: Tensor, pooling: str, mask: Tensor | None) -> None:

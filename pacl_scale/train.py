@@ -135,10 +135,19 @@ def train(settings: TrainConfig, world: World) -> None:
         resume_from = open_run(settings, run, world)
         text = build_text(settings.text, world.device, settings.engine.dtype)
         stream = resources.enter_context(PairStream(settings.data, settings.seed, settings.global_batch_size, world))
-        vision = None if stream.features else build_vision(settings.vision, world.device, settings.engine.dtype)
-        if vision is not None:
+        vision = None
+        if stream.features:
+            width_in, tokens_of = stream.width, stream.features.vision
+        else:
+            vision = build_vision(settings.vision, world.device, settings.engine.dtype)
             stream.prepare_pictures_for(vision.preprocess)
-        width_in = vision.width if vision else stream.width
+            width_in, tokens_of = vision.width, vision.fingerprint()
+        # What the embedder is made for; an evaluation refuses other towers.
+        made_for = {
+            "width_in": width_in,
+            "width_out": text.width,
+            "towers": {"vision": tokens_of, "text": text.fingerprint()},
+        }
 
         torch.manual_seed(settings.seed)
         model = PACLModel(build_embedder(settings.embedder, width_in, text.width), settings.loss).to(world.device)
@@ -155,9 +164,6 @@ def train(settings: TrainConfig, world: World) -> None:
             logger.info("resumed", checkpoint=resume_from, step=info["step"], position=info["data"]["position"])
 
         lines = metrics.MetricsFile(run / "metrics.jsonl", first_step - 1) if world.is_main else None
-        # What the embedder is made for; an evaluation refuses other towers.
-        made_for = {"width_in": width_in, "width_out": text.width, "text_tower": text.fingerprint()}
-        made_for["vision_tower"] = vision.fingerprint() if vision else stream.features.vision
         batches = iter(stream)
         clock = Clock()
         for step in log.progress(range(first_step, settings.steps + 1), "train", unit="step"):
@@ -171,14 +177,10 @@ def train(settings: TrainConfig, world: World) -> None:
             if not math.isfinite(loss):
                 raise UserError(f"the loss is {loss} at step {step}; lower optim.lr, or look at the data of this step")
             if lines and (step % settings.log_every == 0 or step in (1, settings.steps)):
-                # One line a step that is logged; report.py and whoever plots read these keys.
-                values = {"step": step, "loss": loss, "lr": lr, "logit_scale": scale}
+                values: dict[str, Any] = {"step": step, "loss": loss, "lr": lr, "logit_scale": scale}
                 values |= {"grad_norm": gradient_norm(trainer), "position": batch.position_after}
-                values |= clock.read(settings.global_batch_size) | {"resident_mb": metrics.resident_mb()}
-                values |= {
-                    "device_mb": metrics.device_mb(world.device),
-                    "skipped": sum(stream.skipped.values()),
-                }
+                values |= clock.read(settings.global_batch_size) | {"skipped": sum(stream.skipped.values())}
+                values |= {"resident_mb": metrics.resident_mb(), "device_mb": metrics.device_mb(world.device)}
                 lines.write(values)
                 logger.info("step", **{k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()})
             if step % settings.checkpoint.every_steps == 0 or step == settings.steps:

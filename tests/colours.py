@@ -72,6 +72,7 @@ def write_run(
     width_out: int = 3,
     step: int = 7,
     loss: Mapping[str, Any] | None = None,
+    towers: Mapping[str, Any] | None = None,
     **vision: Any,
 ) -> Path:
     """A run with a checkpoint whose embedder passes colours through (or takes red for green, if not ``right``)."""
@@ -89,7 +90,8 @@ def write_run(
     }
     master = {f"embedder.{name}": weight for name, weight in embedder.state_dict().items()}
     state = {"master": master, "exp_avg": {}, "exp_avg_sq": {}}
-    info = {"config": config, "width_in": 3, "width_out": width_out, "data": {}}
+    made_for = towers or {"vision": {"colours": True}, "text": {"colours": True}}
+    info = {"config": config, "width_in": 3, "width_out": width_out, "data": {}, "towers": made_for}
     checkpoint.save(str(run / "checkpoints"), step, state, info, keep_last=1)
     return run
 

@@ -14,6 +14,7 @@ def shards(sizes: list[int]) -> list[Shard]:
     return [Shard(f"{n}.tar", 0, size) for n, size in enumerate(sizes)]
 
 
+@settings(deadline=None)
 @given(SIZES, st.integers(0, 2**32), st.integers(0, 3), st.integers(1, 9), st.integers(0, 5))
 def test_an_epoch_holds_every_sample_once(sizes: list[int], seed: int, epoch: int, chunk: int, window: int) -> None:
     order = EpochOrder(shards(sizes), seed, epoch, chunk, window)
@@ -21,6 +22,7 @@ def test_an_epoch_holds_every_sample_once(sizes: list[int], seed: int, epoch: in
     assert sorted(samples) == list(range(sum(sizes)))
 
 
+@settings(deadline=None)
 @given(SIZES, st.integers(0, 100), st.integers(1, 9), st.integers(0, 5), st.data())
 def test_any_stretch_is_a_part_of_the_whole(sizes: list[int], seed: int, chunk: int, window: int, data: st.DataObject):
     order, total = EndlessOrder(shards(sizes), seed, chunk, window), 3 * sum(sizes)
@@ -65,6 +67,7 @@ def test_ranks_share_a_batch_exactly(sets: list[list[int]], size: int, position:
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.001, 100), min_size=1, max_size=6), st.integers(0, 10**9), st.integers(0, 5000))
 def test_mixture_deals_in_proportion_and_without_a_gap(weights: list[float], position: int, size: int) -> None:
     mixture = Mixture([EndlessOrder(shards([10]), 0, 4, 3) for _ in weights], weights)

@@ -329,7 +329,7 @@ def test_transparency_becomes_white(farm: WebFarm, resizer: PictureResizer) -> N
     ],
 )
 def test_pictures_that_are_refused(farm: WebFarm, resizer: PictureResizer, path: str, cause: str) -> None:
-    content = fetch(farm.url(path), timeout=20, deadline_s=20)
+    content = fetch(farm.url(path), timeout=20, deadline_s=20, body_bytes=1_000_000)
     started = time.monotonic()
     _, error = resized(resizer, content)
     assert error is not None and cause_of(error) == cause

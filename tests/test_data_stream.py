@@ -1,6 +1,9 @@
 """The stream: exact, elastic, resumable to the bit, and clear about what it cannot use."""
 
 import multiprocessing
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -308,6 +311,31 @@ def test_other_processes_can_stream_after_this_one_has(pairs: Path, method: str)
     assert queue.get(timeout=60) == expected
     child.join(30)
     assert child.exitcode == 0
+
+
+INTERRUPTED = """
+import signal, sys, threading
+sys.path.insert(0, sys.argv[2])
+from test_data_stream import config, open_stream
+with open_stream(config(sys.argv[1]), 6) as stream:
+    for _ in stream:
+        print("going", flush=True)
+        if sys.argv[3] == "error":
+            raise RuntimeError("on purpose")
+"""
+
+
+@pytest.mark.parametrize(("how", "status"), [("SIGINT", -signal.SIGINT), ("error", 1)])
+def test_nothing_is_left_after_ctrl_c_or_an_error(pairs: Path, how: str, status: int) -> None:
+    words = [sys.executable, "-c", INTERRUPTED, str(pairs), str(Path(__file__).parent), how]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "going\n"
+        if how == "SIGINT":
+            child.send_signal(signal.SIGINT)
+        _, errors = child.communicate(timeout=20)
+    assert child.returncode == status
+    assert ("KeyboardInterrupt" if how == "SIGINT" else "on purpose") in errors
 
 
 # --- data sets of features ---------------------------------------------------------------------------------------

@@ -25,25 +25,37 @@ class Counting:
         self.batches.append(texts)
         return torch.tensor([[len(text), text.count("a")] for text in texts], dtype=torch.bfloat16)
 
+    def padded_lengths(self, texts: list[str]) -> list[int]:
+        return [2 * -(-len(text) // 2) for text in texts]
+
     def fingerprint(self) -> dict[str, Any]:
         return {"source": "counting"}
 
 
-def test_strings_are_encoded_once_in_batches_of_like_length() -> None:
+def test_strings_are_encoded_once_in_full_batches_of_one_length() -> None:
     tower = Counting()
     encoder = CachedTextEncoder(tower, batch_size=2, cache_size=10)
     vectors = encoder.encode(["aaaa", "b", "aaaa", "ca", "daa"])
     assert vectors.dtype == torch.float32
     assert vectors.tolist() == [[4, 4], [1, 0], [4, 4], [2, 1], [3, 2]]
-    assert tower.batches == [["b", "ca"], ["daa", "aaaa"]]
+    assert tower.batches == [["aaaa", "daa"], ["b", "ca"]]
     assert encoder.encode(["daa", "e"]).tolist() == [[3, 2], [1, 0]]
-    assert tower.batches[2:] == [["e"]]
+    assert tower.batches[2:] == [["e", "e"]]
     assert encoder.fingerprint() == {"source": "counting"}
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_vector_does_not_depend_on_the_company(dtype: torch.dtype) -> None:
+    texts = [f"a {'very ' * (number % 23)}small dog number {number}" for number in range(40)]
+    encoders = [build_text(TextEncoderConfig(source="package", model="all-minilm-l6-v2"), "cpu", dtype) for _ in range(2)]
+    together = encoders[0].encode(texts)
+    assert all(torch.equal(encoders[1].encode([text])[0], vector) for text, vector in zip(texts, together, strict=True))
 
 
 def test_the_least_recently_used_string_is_dropped_first() -> None:
     tower = Counting()
-    encoder = CachedTextEncoder(tower, batch_size=8, cache_size=2)
+    encoder = CachedTextEncoder(tower, batch_size=1, cache_size=2)
     for text in ("a", "bb", "a", "ccc"):
         encoder.encode([text])
     tower.batches.clear()

@@ -174,6 +174,8 @@ def test_packed_and_plain_linear_layers_agree(gelu: bool, monkeypatch: pytest.Mo
     x, residual = torch.randn(2, 5, 64).bfloat16(), torch.randn(2, 5, 96).bfloat16()
     with torch.no_grad():
         here = linear(layer, scale, gelu)
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            assert isinstance(here, PackedLinear), "this CPU and torch can pack, yet the packed layer was given up"
         monkeypatch.setattr(PackedLinear, "forward", lambda *_: None)
         fallen_back = linear(layer, scale, gelu)
         monkeypatch.undo()

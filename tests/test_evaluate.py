@@ -185,6 +185,9 @@ def test_a_checkpoint_of_another_architecture_is_refused(colours: Path) -> None:
     write_run(colours / "other_tower", image_size=64)
     with pytest.raises(UserError, match="another vision tower"):
         main(words(colours, f"methods.mean_pooled={colours / 'other_tower'}"))
+    write_run(colours / "other_tokens", towers={"vision": {"colours": False}, "text": {"colours": True}})
+    with pytest.raises(UserError, match=r"another vision tower \(colours differ\)"):
+        main(words(colours, f"methods.pacl={colours / 'other_tokens'}"))
 
 
 def test_a_damaged_checkpoint_is_refused(colours: Path) -> None:

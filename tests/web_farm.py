@@ -224,7 +224,7 @@ class _Answers(BaseHTTPRequestHandler):
         self.send(bytes(body))
 
     def answer_bomb(self) -> None:
-        """A PNG of a few kilobytes that unfolds to 400 megapixels."""
+        """A PNG of a few hundred kilobytes that unfolds to 400 megapixels."""
         self.send(_bomb())
 
     def answer_png(self) -> None:

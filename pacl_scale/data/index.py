@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from hashlib import blake2b
 from typing import Any, BinaryIO
 
@@ -40,6 +41,8 @@ INDEX_NAME = "index.parquet"
 VERSION = 1
 METADATA_KEY = b"pacl_scale"
 COLUMNS = {"shard": np.uint32, "offset": np.uint64, "length": np.uint32, "key": np.uint64}
+LOADED = ("offset", "length", "key")
+"""The shard follows from the list of shards; reading it would only take time."""
 
 PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
 CAPTION_EXTENSIONS = ("txt", "json")
@@ -82,11 +85,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class SampleIndex:
-    """The index in memory: ``shard``, ``offset``, ``length`` and ``key`` have one entry a sample."""
+    """The index in memory: ``offset``, ``length`` and ``key`` have one entry a sample; samples are numbered in shard
+    and tar order."""
 
     root_url: str
     shards: list[Shard]
-    shard: np.ndarray = field(repr=False)
     offset: np.ndarray = field(repr=False)
     length: np.ndarray = field(repr=False)
     key: np.ndarray = field(repr=False)
@@ -95,7 +98,21 @@ class SampleIndex:
     left_out: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.shard)
+        return len(self.key)
+
+    @cached_property
+    def shard(self) -> np.ndarray:
+        """Number of each sample's shard, (samples,) uint32; made when first asked for."""
+        counts = [shard.samples for shard in self.shards]
+        return np.repeat(np.arange(len(counts), dtype=np.uint32), counts)
+
+    def shard_of(self, samples: np.ndarray) -> np.ndarray:
+        """Numbers of the shards of some samples."""
+        return np.searchsorted(self._ends, samples, side="right")
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum([shard.samples for shard in self.shards])
 
     @classmethod
     def load(cls, root_url: str) -> "SampleIndex":
@@ -109,11 +126,11 @@ class SampleIndex:
             raise UserError(f"{root_url} has no {INDEX_NAME}; run the index step on its tars first")
         content = storage.read_bytes(url)
         try:
-            table = pq.read_table(pa.BufferReader(content))
+            table = pq.read_table(pa.BufferReader(content), columns=list(LOADED)).combine_chunks()
             meta = json.loads((table.schema.metadata or {})[METADATA_KEY])
             if meta["version"] != VERSION:
                 raise ValueError(f"version {meta['version']} where this program reads {VERSION}")
-            columns = {name: table[name].to_numpy().astype(d, copy=False) for name, d in COLUMNS.items()}
+            columns = {name: _as_array(table[name], COLUMNS[name]) for name in LOADED}
             index = cls(
                 root_url=root_url,
                 shards=[Shard(str(s["name"]), int(s["size"]), int(s["samples"])) for s in meta["shards"]],
@@ -145,7 +162,9 @@ class SampleIndex:
         pq.write_table(
             table,
             buffer,
-            compression="zstd",
+            # One group, so that a column is one array and is not copied together after reading.
+            row_group_size=max(1, len(self)),
+            compression={"shard": "zstd", "offset": "zstd", "length": "zstd", "key": "none"},
             use_dictionary=["shard"],
             column_encoding={"offset": "BYTE_STREAM_SPLIT", "length": "BYTE_STREAM_SPLIT", "key": "PLAIN"},
             write_statistics=False,
@@ -153,15 +172,23 @@ class SampleIndex:
         storage.write_bytes(storage.join(self.root_url, INDEX_NAME), buffer.getvalue())
 
     def _check(self) -> None:
-        """Raise ValueError where the columns contradict each other or the list of shards."""
+        """Raise ValueError where the columns contradict the list of shards."""
         counts = np.array([shard.samples for shard in self.shards], np.int64)
-        if not np.array_equal(np.repeat(np.arange(len(counts)), counts), self.shard):
-            raise ValueError("its rows are not in the order of its shards")
-        sizes = np.array([shard.size for shard in self.shards], np.uint64)
-        if np.any(self.offset + self.length > np.repeat(sizes, counts)):
+        if counts.sum() != len(self) or np.any(counts < 0):
+            raise ValueError(f"{len(self)} samples where its shards have {counts.sum()}")
+        last = np.cumsum(counts)[counts > 0] - 1
+        sizes = np.array([shard.size for shard in self.shards], np.uint64)[counts > 0]
+        if np.any(self.offset[last] + self.length[last] > sizes):
             raise ValueError("a sample lies beyond the end of its shard")
         if self.kind not in ("pictures", "features"):
             raise ValueError(f"unknown kind {self.kind!r}")
+
+
+def _as_array(column: pa.ChunkedArray, dtype: type) -> np.ndarray:
+    array = column.chunk(0).to_numpy() if column.num_chunks == 1 else column.to_numpy()
+    if array.dtype != dtype:
+        raise ValueError(f"a column of {array.dtype} where {np.dtype(dtype)} is expected")
+    return array
 
 
 def hash_key(key: str) -> int:
@@ -287,11 +314,9 @@ def build_index(
     usable = [sample for _, samples, _ in scans for sample in samples]
     if not usable:
         raise UserError(f"{root_url} holds no usable sample: each of its {len(names)} tars is empty")
-    counts = [len(samples) for _, samples, _ in scans]
     index = SampleIndex(
         root_url=root_url,
         shards=[Shard(n, size, len(samples)) for n, (size, samples, _) in zip(names, scans, strict=True)],
-        shard=np.repeat(np.arange(len(names), dtype=np.uint32), counts),
         offset=np.array([sample.offset for sample in usable], np.uint64),
         length=np.array([sample.length for sample in usable], np.uint32),
         key=np.array([hash_key(sample.key) for sample in usable], np.uint64),

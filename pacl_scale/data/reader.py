@@ -137,15 +137,15 @@ class Plan:
         order = np.argsort(samples)
         samples, first_use = samples[order], first_use[order]
         index = self._readers[source].index
-        bounds = _coalesce(index.shard[samples], index.offset[samples], index.length[samples])
+        shards = index.shard_of(samples)
+        bounds = _coalesce(shards, index.offset[samples], index.length[samples])
         reads = []
         for begin, stop in bounds:
-            group = samples[begin:stop]
-            last = group[-1]
+            group, last = samples[begin:stop], samples[stop - 1]
             read = Read(
                 source=source,
                 epoch=epoch,
-                shard=int(index.shard[last]),
+                shard=int(shards[begin]),
                 start=int(index.offset[group[0]]),
                 stop=int(index.offset[last]) + int(index.length[last]),
                 samples=group,
@@ -175,14 +175,19 @@ class ReadAhead:
         self._finished = False
 
     def start(self, picks: Picks) -> list["Awaited"]:
-        """Handles of the samples of the next batch, in its order; further reads are begun within the budget."""
+        """Handles of the samples of the next batch, in its order."""
         keys = [(int(s), int(e), int(n)) for s, e, n in zip(picks.source, picks.epoch, picks.sample, strict=True)]
         for key in keys:
             while key not in self._places:
                 self._begin_next()
-        while self.held < self._budget and not self._finished:
-            self._begin_next()
         return [Awaited(self, *self._places.pop(key)) for key in keys]
+
+    def read_on(self, most: int) -> None:
+        """Begin up to ``most`` further reads within the budget."""
+        for _ in range(most):
+            if self.held >= self._budget or self._finished:
+                return
+            self._begin_next()
 
     def close(self) -> None:
         """Give up what is under way and wait for the threads to end."""

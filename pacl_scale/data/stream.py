@@ -365,6 +365,8 @@ class _Run:
         for begin in range(0, len(picks), SAMPLES_A_TASK):
             rows = range(begin, min(begin + SAMPLES_A_TASK, len(picks)))
             pending.tasks.append(self._decoders.submit(pending.load, rows, [awaited[row] for row in rows]))
+        # Reads for later batches are begun a batch at a time, so that the first one does not wait for their planning.
+        self._ahead.read_on(most=len(picks))
         return pending
 
 
@@ -440,9 +442,9 @@ class _Pending:
         stream, config = self._stream, self._stream.config
         source, epoch, sample = (int(a[row]) for a in (self._picks.source, self._picks.epoch, self._picks.sample))
         index = stream.indexes[source]
-        key, members = read_sample(content, index.shards[int(index.shard[sample])].name)
+        shard = index.shards[int(index.shard_of(np.array(sample)))].name
+        key, members = read_sample(content, shard)
         if hash_key(key) != int(index.key[sample]):
-            shard = index.shards[int(index.shard[sample])].name
             raise ShardChanged(
                 f"{index.root_url}/{shard} holds other samples than were indexed; run the index step again"
             )
@@ -485,7 +487,7 @@ class _Pending:
             if isinstance(cause, str):
                 skipped[cause] += 1
                 index, sample = stream.indexes[int(self._picks.source[row])], int(self._picks.sample[row])
-                shard = index.shards[int(index.shard[sample])].name
+                shard = index.shards[int(index.shard_of(np.array(sample)))].name
                 log.warning(
                     "sample skipped", cause=cause, shard=f"{index.root_url}/{shard}", byte=int(index.offset[sample])
                 )

@@ -3,7 +3,6 @@
 n strings, L tokens (padded to the longest of the batch), D channels.
 """
 
-from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
@@ -11,12 +10,9 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from pacl_scale.encoders.text import TextEncoderConfig, TextTower
+from pacl_scale.encoders.text import TextEncoderConfig, TextTower, padded_length
 from pacl_scale.encoders.weights import freeze, hash_of
 from pacl_scale.errors import UserError
-
-Tokenize = Callable[[list[str]], tuple[Tensor, Tensor]]
-"""Strings to token numbers (n, L) and a mask (n, L) that is 1 on real tokens and 0 on padding, both int64."""
 
 DEFAULT_MAX_TOKENS = 512
 """Where a tokenizer states no length of its own."""
@@ -73,35 +69,37 @@ class HuggingFaceText:
         self._model = freeze(model).to(device, dtype)
         # transformers leaves the type of a model's configuration open.
         self.width: int = cast(Any, model).config.hidden_size
-        self._tokenize = tokenize_with(tokenizer, max_tokens)
+        self._tokenizer, self._max_tokens = tokenizer, max_tokens
+        self._padding = (tokenizer.padding or {}).get("pad_id", 0)
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(max_tokens)
         self._pooling, self._normalize = pooling, normalize
 
     def embed(self, texts: list[str]) -> Tensor:
         """See :meth:`pacl_scale.encoders.text.TextTower.embed`."""
-        tokens_nL, mask_nL = (each.to(self.device) for each in self._tokenize(texts))
+        rows = self._tokenize(texts)
+        length = max(padded_length(len(row), self._max_tokens) for row in rows)
+        tokens_nL = pad(rows, length, self._padding).to(self.device)
+        mask_nL = pad([[1] * len(row) for row in rows], length, 0).to(self.device)
         states_nLD = self._model(input_ids=tokens_nL, attention_mask=mask_nL).last_hidden_state.float()
         vectors_nD = states_nLD[:, 0] if self._pooling == "cls" else _mean(states_nLD, mask_nL)
         return F.normalize(vectors_nD, dim=-1) if self._normalize else vectors_nD
+
+    def padded_lengths(self, texts: list[str]) -> list[int]:
+        """See :meth:`pacl_scale.encoders.text.TextTower.padded_lengths`."""
+        return [padded_length(len(row), self._max_tokens) for row in self._tokenize(texts)]
 
     def fingerprint(self) -> dict[str, Any]:
         """See :meth:`pacl_scale.encoders.text.TextEncoder.fingerprint`."""
         return dict(self._fingerprint)
 
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
 
-def tokenize_with(tokenizer: Tokenizer, max_tokens: int) -> Tokenize:
-    """A tokenizer.json's rules, cut to ``max_tokens`` and padded to the longest string of the batch."""
-    padding = tokenizer.padding or {}
-    tokenizer.enable_truncation(max_tokens)
-    tokenizer.enable_padding(
-        pad_id=padding.get("pad_id", 0), pad_token=padding.get("pad_token", "[PAD]"), direction="right"
-    )
 
-    def tokenize(texts: list[str]) -> tuple[Tensor, Tensor]:
-        encodings = tokenizer.encode_batch(texts)
-        ids, masks = [each.ids for each in encodings], [each.attention_mask for each in encodings]
-        return torch.tensor(ids), torch.tensor(masks)
-
-    return tokenize
+def pad(rows: list[list[int]], length: int, filler: int) -> Tensor:
+    """(n, ``length``) int64 from rows of at most so many numbers."""
+    return torch.tensor([row + [filler] * (length - len(row)) for row in rows])
 
 
 def _mean(states_nLD: Tensor, mask_nL: Tensor) -> Tensor:

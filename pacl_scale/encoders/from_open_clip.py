@@ -16,7 +16,7 @@ from open_clip.transformer import VisionTransformer, text_global_pool
 from torch import Tensor, nn
 
 from pacl_scale.encoders.from_timm import encoder_of_timm_model
-from pacl_scale.encoders.text import TextEncoderConfig, TextTower
+from pacl_scale.encoders.text import TextEncoderConfig, TextTower, padded_length
 from pacl_scale.encoders.vision import Preprocess, VisionConfig, VisionEncoder, fingerprint_of, preprocess_for
 from pacl_scale.encoders.vit import FrozenViT, ViTParts, blocks_up_to
 from pacl_scale.encoders.weights import RANDOM, freeze, hash_of, load_strictly, read_state
@@ -96,7 +96,15 @@ class OpenClipText:
         if not self._is_causal():
             return self._model.encode_text(_padded(tokens_nL, self._tokenizer.context_length))
         # A causal tower never looks at what follows the end token: cut the padding, most of a caption's 77 tokens.
-        return _causal_vectors(self._model, tokens_nL[:, : int((tokens_nL != 0).sum(dim=1).max())])
+        longest = int((tokens_nL != 0).sum(dim=1).max())
+        return _causal_vectors(self._model, tokens_nL[:, : padded_length(longest, self._length)])
+
+    def padded_lengths(self, texts: list[str]) -> list[int]:
+        """See :meth:`pacl_scale.encoders.text.TextTower.padded_lengths`."""
+        if not self._is_causal():
+            return [self._tokenizer.context_length] * len(texts)
+        tokens_nL = self._tokenizer(texts, context_length=self._length)
+        return [padded_length(int(count), self._length) for count in (tokens_nL != 0).sum(dim=1)]
 
     def fingerprint(self) -> dict[str, Any]:
         """See :meth:`pacl_scale.encoders.text.TextEncoder.fingerprint`."""

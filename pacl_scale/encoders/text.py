@@ -37,9 +37,17 @@ class TextTower(Protocol):
         """(n, D) vectors of one batch."""
         ...
 
+    def padded_lengths(self, texts: list[str]) -> list[int]:
+        """Tokens that each string is padded to in a batch of strings of its own kind, a :func:`padded_length`."""
+        ...
+
     def fingerprint(self) -> dict[str, Any]:
         """See :meth:`TextEncoder.fingerprint`."""
         ...
+
+
+LENGTH_STEP = 16
+"""Strings are padded to a multiple of so many tokens: few lengths, so that full batches of one length are common."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +68,9 @@ class TextEncoderConfig:
     """huggingface: scale each vector to length 1, for models that are defined so."""
     max_tokens: int | None = None
     """Longer strings are cut to so many tokens; None is what the tower was trained with."""
-    batch_size: int = 256
-    """Strings encoded at once."""
+    batch_size: int = 32
+    """Strings encoded at once. Batches are filled up to exactly so many, as their shape decides how sums are rounded:
+    so a string has the same vector, bit for bit, whatever is encoded with it, and a resumed run is the same run."""
     cache_size: int = 100_000
     """Vectors kept in memory, least recently used dropped first (2 KB each at 512 channels); 0 keeps none."""
     seed: int = 0
@@ -105,7 +114,7 @@ def _build_tower(config: TextEncoderConfig, device: torch.device, dtype: torch.d
 
 
 class CachedTextEncoder:
-    """A :class:`TextEncoder` that encodes a string once and remembers its vector."""
+    """A :class:`TextEncoder` that encodes a string once, the same in any company, and remembers its vector."""
 
     def __init__(self, tower: TextTower, batch_size: int, cache_size: int) -> None:
         self.width = tower.width
@@ -129,16 +138,19 @@ class CachedTextEncoder:
         return self._tower.fingerprint()
 
     def _encode_new(self, texts: list[str]) -> dict[str, Tensor]:
-        # Strings of like length share a batch, so that little of it is padding.
-        by_length = sorted(texts, key=len)
-        batches = [by_length[i : i + self._batch_size] for i in range(0, len(by_length), self._batch_size)]
+        by_length: dict[int, list[str]] = {}
+        for text, length in zip(texts, self._tower.padded_lengths(texts), strict=True):
+            by_length.setdefault(length, []).append(text)
+        vectors: dict[str, Tensor] = {}
         with torch.no_grad():
-            # A row of a batch would keep the whole batch alive; a clone owns its own kilobytes.
-            return {
-                text: vector_D.clone()
-                for batch in batches
-                for text, vector_D in zip(batch, self._tower.embed(batch).float(), strict=True)
-            }
+            for alike in by_length.values():
+                for start in range(0, len(alike), self._batch_size):
+                    batch = alike[start : start + self._batch_size]
+                    filled = batch + batch[-1:] * (self._batch_size - len(batch))
+                    # A row of a batch would keep the whole batch alive; a clone owns its own kilobytes.
+                    rows = [vector_D.clone() for vector_D in self._tower.embed(filled)[: len(batch)].float()]
+                    vectors |= dict(zip(batch, rows, strict=True))
+        return vectors
 
     def _remember(self, vectors: dict[str, Tensor]) -> None:
         if not self._cache_size:
@@ -148,3 +160,8 @@ class CachedTextEncoder:
             self._vectors.move_to_end(text)
         while len(self._vectors) > self._cache_size:
             self._vectors.popitem(last=False)
+
+
+def padded_length(tokens: int, most: int) -> int:
+    """Tokens that a string of ``tokens`` is padded to: the next of a few lengths, and at most ``most``."""
+    return min(-(-tokens // LENGTH_STEP) * LENGTH_STEP, most)

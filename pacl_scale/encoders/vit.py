@@ -81,7 +81,9 @@ class FrozenViT:
         with torch.no_grad():
             passes = images_BCHW.split(self._pictures_per_pass or max(1, len(images_BCHW)))
             results = [self._forward(part.to(self.device, self.dtype), stride) for part in passes]
-        return PatchTokens(torch.cat([tokens_BTD for tokens_BTD, _ in results]), results[0].grid)
+            if len(results) == 1:
+                return results[0]
+            return PatchTokens(torch.cat([tokens_BTD for tokens_BTD, _ in results]), results[0].grid)
 
     def fingerprint(self) -> dict[str, Any]:
         """See :meth:`pacl_scale.encoders.vision.VisionEncoder.fingerprint`."""

@@ -123,6 +123,11 @@ def _trained(name: str, model: LoadedModel, towers: Towers) -> Method:
             f"{model.path} embeds {widths[0]} to {widths[1]}, but its towers are {towers.vision.width} and "
             f"{towers.text.width} wide: it is of another architecture"
         )
+    for tower, found in (("vision", towers.vision.fingerprint()), ("text", towers.text.fingerprint())):
+        wanted = model.towers[tower]
+        if _canonical(found) != _canonical(wanted):
+            keys = ", ".join(key for key in {**wanted, **found} if wanted.get(key) != found.get(key))
+            raise UserError(f"{model.path} was trained on another {tower} tower ({keys} differ)")
     loss = model.config["loss"]
     checkpoint = {"path": model.path, "step": model.step}
     return Method(name, model.embedder, float(loss["attention_scale"]), loss["pooling"], checkpoint)

@@ -8,6 +8,10 @@ Each offers ``pool(patches_BTD, texts_ND, scale, pooling, mask_BT)``, where the 
 patches' type or a wider one, and the patches are not. Call them through :func:`pacl_scale.similarity.patch_text_similarity`.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 VECTOR_FLOOR = 1e-6
@@ -21,3 +25,14 @@ POOLED_FLOOR = 1e-4
 def exact_type(dtype: torch.dtype) -> torch.dtype:
     """The type of sums, and of all that is not a matrix product, for products of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` or ``backward`` of an autograd function in the types that it chose, whatever mode surrounds it."""
+
+    @functools.wraps(method)
+    def call(ctx: Any, first: torch.Tensor, *others: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return method(ctx, first, *others)
+
+    return call

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pacl_scale.kernels import POOLED_FLOOR, VECTOR_FLOOR, exact_type, passes
+from pacl_scale.kernels import POOLED_FLOOR, VECTOR_FLOOR, exact_type, passes, without_autocast
 
 Result = TypeVar("Result")
 
@@ -48,6 +48,7 @@ def fused_passes_exist() -> bool:
 
 class _Pool(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any, patches_BTD: Tensor, texts_ND: Tensor, scale: Tensor, pooling: str, mask_BT: Tensor | None
     ) -> Tensor:
@@ -61,6 +62,7 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         patches_BTD, texts_ND, scale, mask_BT, phi_BN, inverse_BN = ctx.saved_tensors
         problem = _Problem.of(patches_BTD, texts_ND, scale, ctx.pooling, mask_BT)

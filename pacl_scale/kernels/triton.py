@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pacl_scale.kernels import POOLED_FLOOR, VECTOR_FLOOR
+from pacl_scale.kernels import POOLED_FLOOR, VECTOR_FLOOR, without_autocast
 from pacl_scale.kernels.passes import HIDDEN
 
 MAX_PATCHES = 1024
@@ -179,6 +179,7 @@ class Launch:
 
 class _Pool(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any, patches_BTD: Tensor, texts_ND: Tensor, scale: Tensor, pooling: str, mask_BT: Tensor | None
     ) -> Tensor:
@@ -194,6 +195,7 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         patches_BTD, texts_ND, scale, mask_BT, phi_BN, inverse_BN = ctx.saved_tensors
         needs_patches, needs_texts, needs_scale = ctx.needs_input_grad[:3]

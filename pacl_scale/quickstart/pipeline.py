@@ -21,7 +21,6 @@ from typing import Any
 from data_prep.layout import REPORT
 from pacl_scale import config, log
 from pacl_scale.errors import UserError
-from pacl_scale.evaluate.command import table
 from pacl_scale.evaluate.rows import Row, read_rows
 from pacl_scale.quickstart.scenes import Manifest, SceneConfig, draw_scenes
 from pacl_scale.quickstart.store import ObjectStore
@@ -108,7 +107,7 @@ class Pipeline:
         stages = {stage: seconds for stage, seconds in self.seconds.items() if stage != "total"}
         runs = {"pacl": str(self.folder), "mean_pooled": str(self.folder / "mean_pooled")}
         page = write_report(str(self.folder / "report.html"), str(self.folder), runs, report, stages)
-        print(f"\n{table(rows[self.settings.seeds[0]])}\n\nreport: {page}")
+        print(f"\nreport: {page}")
 
     def run_of(self, seed: int) -> Path:
         """Run directory of the training with ``seed``."""
