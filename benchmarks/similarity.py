@@ -36,6 +36,17 @@ from pacl_scale.similarity import patch_text_similarity
 SIZE = {"B": 64, "T": 196, "N": 4096, "D": 512}
 SCALE = 10.0
 CHUNK_IMAGES = 8
+KERNEL_SIZES = (
+    (196, 512, "bf16"),
+    (256, 512, "bf16"),
+    (256, 768, "bf16"),
+    (196, 512, "fp32"),
+    (256, 768, "fp32"),
+    (49, 512, "bf16"),
+    (576, 768, "bf16"),
+    (1024, 512, "bf16"),
+    (1024, 512, "fp32"),
+)
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -191,8 +202,7 @@ def compiled_kernels() -> list[dict[str, Any]]:
 
     rows = []
     for capability in (80, 90):
-        for T, D, dtype in ((196, 512, "bf16"), (256, 512, "bf16"), (256, 768, "bf16"), (196, 512, "fp32"),
-                            (256, 768, "fp32"), (49, 512, "bf16"), (1024, 512, "bf16"), (1024, 512, "fp32")):  # fmt: skip
+        for T, D, dtype in KERNEL_SIZES:
             for direction in ("forward", "backward"):
                 rows.append(compile_kernel(kernels, direction, capability, T, D, dtype))
     return rows

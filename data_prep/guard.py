@@ -316,7 +316,7 @@ class _RedirectHandler(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         request = super().redirect_request(req, fp, code, msg, headers, newurl)
         # The caller reads the redirect's own body to its end, however long: a closed one is empty.
-        pass
+        fp.close()
         if request is None or request.type not in ("http", "https"):
             raise FetchError("redirects", f"to {_line(newurl)}")
         request.ends = req.ends  # type: ignore[attr-defined]

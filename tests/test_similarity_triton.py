@@ -24,7 +24,7 @@ from pacl_scale.kernels import triton as kernels
 from pacl_scale.similarity import patch_text_similarity
 
 def run(inputs, backend, dtype, **options):
-    patches, texts = (x.to(dtype).requires_grad_() for x in inputs[:2])
+    patches, texts = (x.to(dtype).clone().requires_grad_() for x in inputs[:2])
     scale = torch.tensor(inputs[3], dtype=torch.float64, requires_grad=True)
     phi = patch_text_similarity(patches, texts, attention_scale=scale, backend=backend, **options)
     phi.backward(inputs[2].to(phi.dtype))
@@ -33,7 +33,7 @@ def run(inputs, backend, dtype, **options):
 torch.use_deterministic_algorithms(True)  # Fills fresh memory with nan.
 worst = {}
 cases = itertools.product(
-    [(3, 7, 33, 16), (2, 50, 40, 70), (2, 1, 5, 8), (1, 130, 20, 40)], ["cosine", "mean"], [0.0, 10.0], [False, True],
+    [(3, 7, 140, 16), (2, 50, 40, 70), (2, 1, 5, 8)], ["cosine", "mean"], [0.0, 10.0], [True],
     [torch.float32, torch.float16],
 )
 for (B, T, N, D), pooling, scale, masked, dtype in cases:

@@ -2,10 +2,11 @@
 
 * :mod:`~pacl_scale.kernels.eager`: the definition, line by line; the oracle of every test.
 * :mod:`~pacl_scale.kernels.tiled`: any device, any size; recomputes in backward.
-* :mod:`~pacl_scale.kernels.triton`: CUDA; one fused kernel forward, one or two backward.
+* :mod:`~pacl_scale.kernels.triton`: CUDA; one fused kernel forward, one backward, library products between.
 
 Each offers ``pool(patches_BTD, texts_ND, scale, pooling, mask_BT)``, where the texts are unit vectors already, of the
-patches' type or a wider one, and the patches are not. Call them through :func:`pacl_scale.similarity.patch_text_similarity`.
+patches' type or a wider one, and the patches are not. Call them through
+:func:`pacl_scale.similarity.patch_text_similarity`.
 """
 
 import functools
