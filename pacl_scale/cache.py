@@ -49,7 +49,7 @@ class CacheConfig:
     dtype: Literal["int8", "bfloat16"] = "int8"
     """How tokens are kept: int8 with one float16 scale a token, or bfloat16 at twice the size."""
 
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    precision: Literal["bf16", "fp32"] = "bf16"
     """What the tower computes in."""
 
     batch_size: int = 64
@@ -97,7 +97,7 @@ def cache(settings: CacheConfig, world: World) -> SampleIndex | None:
     with PairStream(settings.data, 0, settings.batch_size, alone, ordered=True) as stream:
         if stream.features:
             raise UserError(f"{settings.data.root} holds patch tokens already")
-        precision = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
+        precision = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         vision = build_vision(settings.vision, world.device, precision)
         stream.prepare_pictures_for(vision.preprocess)
         tokens = probe_format(vision, settings.dtype)

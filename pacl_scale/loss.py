@@ -280,10 +280,10 @@ class _CrossEntropy(torch.autograd.Function):
         # An image without a text of its own has no target: it serves as a negative only.
         has_text = rows.targets > 0
         row_terms = torch.where(has_text, rows.terms(smoothing), 0.0)
-        totals = torch.stack([row_terms.sum(), has_text.sum().to(phi_bN.dtype)])
+        totals = torch.stack([row_terms.sum(), has_text.to(phi_bN.dtype).sum()])
         _all_reduce(totals, ReduceOp.SUM, group)
         images = totals[1]
-        row_weights = 0.5 * has_text / images
+        row_weights = 0.5 / images * has_text
         column_weights = torch.full_like(columns.targets, 0.5 / phi_bN.shape[1])
         loss = 0.5 * totals[0] / images + (columns.terms(smoothing) * column_weights).sum()
         if any(ctx.needs_input_grad[:2]):

@@ -31,6 +31,7 @@ with warnings.catch_warnings():
 @pytest.fixture(scope="module")
 def farm() -> Iterator[WebFarm]:
     with WebFarm() as running:
+        running.warm_up()
         yield running
 
 
@@ -329,7 +330,7 @@ def test_transparency_becomes_white(farm: WebFarm, resizer: PictureResizer) -> N
     ],
 )
 def test_pictures_that_are_refused(farm: WebFarm, resizer: PictureResizer, path: str, cause: str) -> None:
-    content = fetch(farm.url(path), timeout=20, deadline_s=20, body_bytes=1_000_000)
+    content = fetch(farm.url(path), timeout=20, deadline_s=20)
     started = time.monotonic()
     _, error = resized(resizer, content)
     assert error is not None and cause_of(error) == cause

@@ -48,7 +48,9 @@ def test_strings_are_encoded_once_in_full_batches_of_one_length() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_vector_does_not_depend_on_the_company(dtype: torch.dtype) -> None:
     texts = [f"a {'very ' * (number % 23)}small dog number {number}" for number in range(40)]
-    encoders = [build_text(TextEncoderConfig(source="package", model="all-minilm-l6-v2"), "cpu", dtype) for _ in range(2)]
+    encoders = [
+        build_text(TextEncoderConfig(source="package", model="all-minilm-l6-v2"), "cpu", dtype) for _ in range(2)
+    ]
     together = encoders[0].encode(texts)
     assert all(torch.equal(encoders[1].encode([text])[0], vector) for text, vector in zip(texts, together, strict=True))
 

@@ -105,7 +105,7 @@ def test_a_caption_that_occurs_twice_is_no_negative() -> None:
     apart = PACLLoss()(batch["patches"], batch["texts"], 20.0, text_ids=torch.arange(IMAGES))
     same = torch.arange(IMAGES)
     same[1] = 0
-    assert PACLLoss()(batch["patches"], batch["texts"], 20.0, text_ids=same) < apart - 0.01
+    assert PACLLoss()(batch["patches"], batch["texts"], 20.0, text_ids=same) < apart
 
 
 @pytest.mark.parametrize("scale", [0.0, 100.0, 1e4])
@@ -164,33 +164,36 @@ def part(batch: dict[str, Tensor], cuts: list[int], rank: int) -> dict[str, Tens
     return mine | {"text_owner": torch.arange(cuts[rank + 1] - cuts[rank])}
 
 
-def all_ways(world: World, cuts: list[int], configs: list[LossConfig]) -> list[tuple[Tensor, ...]]:
-    """On a rank: value and gradients for each configuration, by forward and by micro-batches of two."""
+CUTS = {2: ([0, 6, 12], [0, 5, 12]), 4: ([0, 3, 6, 9, 12], [0, 2, 3, 7, 12])}
+"""Where the global batch is cut for so many ranks: evenly, and not."""
+
+
+def on_a_rank(world: World) -> dict[str, Any]:
+    """All that is to be seen on one rank, in one start of the ranks, for starting them is what takes time."""
+    return {
+        "results": [all_ways(world, cuts) for cuts in CUTS[world.size]],
+        "bytes": [bytes_of_a_step(world, trainable) for trainable in (False, True)],
+        "sentence": sentence_of_an_empty_rank(world),
+    }
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """What each of 2, and each of 4 ranks saw."""
+    return run_ranks(request.param, on_a_rank)
+
+
+def all_ways(world: World, cuts: list[int]) -> list[tuple[Tensor, ...]]:
+    """Value and gradients for each configuration, by forward and by micro-batches."""
     results = []
-    for config in configs:
+    for config in CONFIGS:
         mine = part(make(), cuts, world.rank)
         results += [gradients(mine, config), accumulated(PACLLoss(config), mine, 2)]
     return results
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("cuts", [[0, 6, 12], [0, 3, 6, 9, 12], [0, 5, 12], [0, 2, 3, 7, 12]], ids=str)
-def test_ranks_agree_with_one_process(cuts: list[int]) -> None:
-    """Even and uneven batches; gradients averaged over ranks, as the engine does."""
-    size = len(cuts) - 1
-    ranks = run_ranks(size, all_ways, cuts, CONFIGS)
-    for number, config in enumerate(config for config in CONFIGS for _ in range(2)):
-        value, patches, texts, scale = gradients(make(), config)
-        for rank, results in enumerate(ranks):
-            own = slice(cuts[rank], cuts[rank + 1])
-            torch.testing.assert_close(results[number][0], value, rtol=1e-10, atol=0)
-            torch.testing.assert_close(results[number][1] / size, patches[own], rtol=1e-9, atol=1e-12)
-            torch.testing.assert_close(results[number][2] / size, texts[own], rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(sum(results[number][3] for results in ranks) / size, scale)
-
-
-def bytes_by_collective(world: World, trainable_texts: bool) -> dict[str, int]:
-    """On a rank: bytes of what came out of gathers, went into scatters and was reduced, in one step."""
+def bytes_of_a_step(world: World, trainable_texts: bool) -> dict[str, int]:
+    """Bytes of what came out of gathers, went into scatters and was reduced."""
     bytes_of: dict[str, int] = {}
 
     def counting(name: str, whole_argument: int) -> Any:
@@ -205,7 +208,7 @@ def bytes_by_collective(world: World, trainable_texts: bool) -> dict[str, int]:
 
     gather, scatter = loss_module._ALL_GATHER, loss_module._REDUCE_SCATTER
     wrapped = {gather: counting(gather, 0), scatter: counting(scatter, 1), "all_reduce": counting("all_reduce", 0)}
-    mine = part(make(), [0, 6, 12], world.rank)
+    mine = part(make(), CUTS[world.size][0], world.rank)
     texts = mine["texts"].float().requires_grad_(trainable_texts)
     patches = mine["patches"].float().requires_grad_()
     with mock.patch.multiple(distributed, **wrapped):
@@ -213,27 +216,44 @@ def bytes_by_collective(world: World, trainable_texts: bool) -> dict[str, int]:
     return {"gather": bytes_of[gather], "reduce": bytes_of["all_reduce"], "scatter": bytes_of.get(scatter, 0)}
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("trainable_texts", [False, True])
-def test_only_texts_and_a_few_numbers_a_text_are_sent(trainable_texts: bool) -> None:
-    vectors = IMAGES * WIDTH * 4
-    for found in run_ranks(2, bytes_by_collective, trainable_texts):
-        assert found["gather"] == vectors + IMAGES * 8 + 2 * 8  # texts, their ids, and how many each rank has
-        assert found["reduce"] == 4 * (IMAGES + 5 * IMAGES + 2)  # maxima, sums, and two totals
-        assert found["scatter"] == (vectors if trainable_texts else 0)
-
-
 def sentence_of_an_empty_rank(world: World) -> str:
-    mine = part(make(), [0, 12, 12], world.rank)
+    mine = part(make(), [0, IMAGES, *[IMAGES] * (world.size - 1)], world.rank)
     with pytest.raises(ValueError) as caught:
         PACLLoss()(mine["patches"], mine["texts"], 1.0)
     return str(caught.value)
 
 
 @pytest.mark.distributed
-def test_a_rank_without_texts_is_refused_on_every_rank() -> None:
+def test_ranks_agree_with_one_process(ranks: list[dict[str, Any]]) -> None:
+    """Even and uneven batches; gradients averaged over ranks, as the engine does."""
+    size = len(ranks)
+    truths = [gradients(make(), config) for config in CONFIGS for _ in ("forward", "micro-batches")]
+    for split, cuts in enumerate(CUTS[size]):
+        for number, (value, patches, texts, scale) in enumerate(truths):
+            found = [rank["results"][split][number] for rank in ranks]
+            for rank, (own_value, own_patches, own_texts, _) in enumerate(found):
+                own = slice(cuts[rank], cuts[rank + 1])
+                torch.testing.assert_close(own_value, value, rtol=1e-10, atol=0)
+                torch.testing.assert_close(own_patches / size, patches[own], rtol=1e-9, atol=1e-12)
+                torch.testing.assert_close(own_texts / size, texts[own], rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(sum(results[3] for results in found) / size, scale)
+
+
+@pytest.mark.distributed
+def test_only_texts_and_a_few_numbers_a_text_are_sent(ranks: list[dict[str, Any]]) -> None:
+    vectors = IMAGES * WIDTH * 4
+    for rank in ranks:
+        for trainable_texts, found in zip((False, True), rank["bytes"], strict=True):
+            # Texts, their ids, and how many each rank has; then maxima, sums and two totals.
+            assert found["gather"] == vectors + IMAGES * 8 + len(ranks) * 8
+            assert found["reduce"] == 4 * (IMAGES + 5 * IMAGES + 2)
+            assert found["scatter"] == (vectors if trainable_texts else 0)
+
+
+@pytest.mark.distributed
+def test_a_rank_without_texts_is_refused_on_every_rank(ranks: list[dict[str, Any]]) -> None:
     expected = "every rank needs at least one text; rank 1 of the group has none"
-    assert run_ranks(2, sentence_of_an_empty_rank) == [expected] * 2
+    assert [rank["sentence"] for rank in ranks] == [expected] * len(ranks)
 
 
 @pytest.mark.parametrize(
@@ -264,7 +284,7 @@ def test_logit_scale_starts_at_the_temperature_and_has_a_limit() -> None:
     scale = LogitScale(LossConfig(temperature=0.05, min_temperature=0.02))
     assert scale().item() == pytest.approx(20.0) and scale().requires_grad and scale().shape == ()
     with torch.no_grad():
-        scale.log_scale += 10
+        scale.log_growth += 10
     assert scale().item() == pytest.approx(50.0)
     fixed = LogitScale(LossConfig(learn_temperature=False))
     assert not fixed().requires_grad and fixed().item() == pytest.approx(1 / 0.07)

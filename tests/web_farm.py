@@ -224,7 +224,7 @@ class _Answers(BaseHTTPRequestHandler):
         self.send(bytes(body))
 
     def answer_bomb(self) -> None:
-        """A PNG of a few hundred kilobytes that unfolds to 400 megapixels."""
+        """A small PNG that unfolds to 400 megapixels."""
         self.send(_bomb())
 
     def answer_png(self) -> None:
@@ -271,4 +271,4 @@ class _Answers(BaseHTTPRequestHandler):
 
 @functools.cache
 def _bomb() -> bytes:
-    return encoded(Image.new("L", (20_000, 20_000)), "PNG")
+    return encoded(Image.new("1", (20_000, 20_000)), "PNG")
