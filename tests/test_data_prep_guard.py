@@ -37,7 +37,7 @@ def farm() -> Iterator[WebFarm]:
 
 def opener(**changes: object) -> GuardedOpener:
     values: dict = {
-        "deadline_s": 1.0,
+        "deadline_s": 30.0,
         "body_bytes": 200_000,
         "allowed_networks": LOOPBACK,
         "user_agent": "tests/1 (mailto:me@example.org)",
@@ -45,7 +45,7 @@ def opener(**changes: object) -> GuardedOpener:
     return GuardedOpener(Limits(**{**values, **changes}))
 
 
-def fetch(url: str, timeout: float = 0.6, **changes: object) -> bytes:
+def fetch(url: str, timeout: float = 30.0, **changes: object) -> bytes:
     with opener(**changes).open(urllib.request.Request(url), timeout=timeout) as body:
         return body.read()
 
@@ -81,11 +81,13 @@ def test_a_sound_picture_and_who_asks(farm: WebFarm) -> None:
 )
 def test_what_goes_wrong_has_one_cause_and_an_end(farm: WebFarm, path: str, cause: str) -> None:
     started = time.monotonic()
+    # Short only where it is what ends the request: a busy machine must not turn other causes into this one.
+    short = {"timeout": 0.6, "deadline_s": 1.0} if cause == "timeout" else {}
     with pytest.raises(FetchError) as caught:
-        fetch(farm.url(path))
+        fetch(farm.url(path), **short)
     assert caught.value.cause == cause
     assert cause_of(str(caught.value)) == cause
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
 
 
 def test_the_body_of_a_redirect_is_not_read(farm: WebFarm) -> None:
@@ -96,7 +98,7 @@ def test_a_drip_is_cut_at_the_deadline_although_no_single_read_is_late(farm: Web
     started = time.monotonic()
     with pytest.raises(FetchError, match="timeout"):
         fetch(farm.url("slowbody/1"), timeout=30, deadline_s=1.0)
-    assert 0.9 < time.monotonic() - started < 4
+    assert 0.9 < time.monotonic() - started < 15
 
 
 def test_dead_hosts() -> None:
@@ -219,33 +221,34 @@ def test_tls(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", f"{certificate}.crt")
     assert fetch(url, allowed_networks=loopback) == b"picture"
     with pytest.raises(FetchError, match="^timeout: "):
-        fetch(url, allowed_networks=loopback)
+        fetch(url, allowed_networks=loopback, timeout=1.0, deadline_s=2.0)
     thread.join()
     listener.close()
 
 
 def test_a_failing_host_rests_longer_each_time(farm: WebFarm) -> None:
-    guarded = opener(backoff_s=0.2, deadline_s=5.0)
+    guarded = opener(backoff_s=0.2)
     taken = []
     for path in ("error/9", "error/9", "error/9", "ok/9.jpg", "ok/9.jpg", "missing/9", "ok/9.jpg"):
         started = time.monotonic()
         try:
-            with guarded.open(farm.url(path), timeout=5) as body:
+            with guarded.open(farm.url(path), timeout=30) as body:
                 body.read()
         except FetchError as error:
             assert error.cause in ("http_500", "http_404")
         taken.append(time.monotonic() - started)
-    assert taken[0] < 0.15 and 0.19 < taken[1] < 0.6 and 0.38 < taken[2] < 0.9 and 0.78 < taken[3] < 1.6
-    assert max(taken[4:]) < 0.15
+    # Lower bounds only: how long a busy machine takes beyond the rest says nothing.
+    assert taken[1] > 0.19 and taken[2] > 0.38 and taken[3] > 0.78
+    assert guarded._gate._in_a_row == {}
 
 
 def test_a_server_that_says_when_is_believed(farm: WebFarm) -> None:
-    guarded = opener(backoff_s=0.01, deadline_s=5.0)
+    guarded = opener(backoff_s=0.01)
     with pytest.raises(FetchError, match="http_429"):
-        guarded.open(farm.url("busy/9"), timeout=5)
+        guarded.open(farm.url("busy/9"), timeout=30)
     started = time.monotonic()
-    guarded.open(farm.url("ok/9.jpg"), timeout=5).read()
-    assert 0.9 < time.monotonic() - started < 2
+    guarded.open(farm.url("ok/9.jpg"), timeout=30).read()
+    assert time.monotonic() - started > 0.9
 
 
 def test_nobody_waits_for_a_host_that_rests_too_long(farm: WebFarm) -> None:
@@ -253,8 +256,8 @@ def test_nobody_waits_for_a_host_that_rests_too_long(farm: WebFarm) -> None:
     guarded._gate._free_at["127.0.0.1:1"] = time.monotonic() + 30
     started = time.monotonic()
     with pytest.raises(FetchError, match="^backoff: "):
-        guarded.open("http://127.0.0.1:1/x.jpg", timeout=5)
-    assert time.monotonic() - started < 0.5
+        guarded.open("http://127.0.0.1:1/x.jpg", timeout=30)
+    assert time.monotonic() - started < 4
 
 
 def test_every_cause_is_explained() -> None:
@@ -330,7 +333,7 @@ def test_transparency_becomes_white(farm: WebFarm, resizer: PictureResizer) -> N
     ],
 )
 def test_pictures_that_are_refused(farm: WebFarm, resizer: PictureResizer, path: str, cause: str) -> None:
-    content = fetch(farm.url(path), timeout=20, deadline_s=20)
+    content = fetch(farm.url(path))
     started = time.monotonic()
     _, error = resized(resizer, content)
     assert error is not None and cause_of(error) == cause
