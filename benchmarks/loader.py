@@ -39,10 +39,11 @@ if __package__ in (None, ""):
 
 from machine import describe, write
 
-from pacl_scale.data import DataConfig, PairStream, PictureConfig, ReadConfig, SampleIndex, build_index
-from pacl_scale.data.decode import decode, normalise
-from pacl_scale.data.index import Shard
+from pacl_scale.data.decode import PictureConfig, decode, normalise
+from pacl_scale.data.index import SampleIndex, Shard, build_index
 from pacl_scale.data.order import EpochOrder
+from pacl_scale.data.reader import ReadConfig
+from pacl_scale.data.stream import DataConfig, PairStream
 from pacl_scale.encoders.vision import Preprocess
 from pacl_scale.errors import UserError
 from pacl_scale.quickstart.store import ObjectStore

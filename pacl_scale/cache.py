@@ -19,9 +19,9 @@ import torch
 import webdataset
 
 from pacl_scale import config, distributed, log, storage
-from pacl_scale.data import DataConfig, PairBatch, PairStream
 from pacl_scale.data.features import FeatureFormat
 from pacl_scale.data.index import INDEX_NAME, SampleIndex, build_index, list_shards
+from pacl_scale.data.stream import DataConfig, PairBatch, PairStream
 from pacl_scale.distributed import DistributedConfig, World
 from pacl_scale.encoders import VisionConfig, VisionEncoder, build_vision
 from pacl_scale.errors import UserError, run_command

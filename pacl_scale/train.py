@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pacl_scale import checkpoint, config, distributed, engine, log, metrics
 from pacl_scale.checkpoint import CheckpointConfig
-from pacl_scale.data import DataConfig, PairBatch, PairStream
+from pacl_scale.data.stream import DataConfig, PairBatch, PairStream
 from pacl_scale.distributed import DistributedConfig, World
 from pacl_scale.embedder import EmbedderConfig
 from pacl_scale.encoders import (

@@ -10,7 +10,9 @@ from data_sets import PREPROCESS, picture, sample, write_pairs, write_tar
 
 from pacl_scale import cache as cache_module
 from pacl_scale.cache import CacheConfig, cache, main
-from pacl_scale.data import DataConfig, PairStream, PictureConfig, build_index
+from pacl_scale.data.decode import PictureConfig
+from pacl_scale.data.index import build_index
+from pacl_scale.data.stream import DataConfig, PairStream
 from pacl_scale.distributed import World
 from pacl_scale.encoders.vision import PatchTokens
 from pacl_scale.errors import UserError, run_command

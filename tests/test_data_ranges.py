@@ -8,9 +8,10 @@ from data_sets import write_pairs
 from faulty_proxy import FAULTS, FaultyProxy
 from test_data_stream import config, open_stream, rows_of
 
-from pacl_scale.data import PairStream, ReadConfig, build_index
-from pacl_scale.data.index import SampleIndex
+from pacl_scale.data.index import SampleIndex, build_index
 from pacl_scale.data.ranges import Closed, FileClient, PassingFault, Piece, ShardReader
+from pacl_scale.data.reader import ReadConfig
+from pacl_scale.data.stream import PairStream
 from pacl_scale.errors import UserError
 from pacl_scale.quickstart.store import ObjectStore
 

@@ -15,11 +15,12 @@ from data_sets import PREPROCESS, picture, sample, write_pairs, write_tar
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pacl_scale.data import DataConfig, PairBatch, PairStream, PictureConfig, ReadConfig, TextConfig, build_index
-from pacl_scale.data.captions import text_id
-from pacl_scale.data.decode import decode, normalise
+from pacl_scale.data.captions import TextConfig, text_id
+from pacl_scale.data.decode import PictureConfig, decode, normalise
 from pacl_scale.data.features import FeatureFormat
-from pacl_scale.data.index import SampleIndex
+from pacl_scale.data.index import SampleIndex, build_index
+from pacl_scale.data.reader import ReadConfig
+from pacl_scale.data.stream import DataConfig, PairBatch, PairStream
 from pacl_scale.distributed import World
 from pacl_scale.errors import UserError
 

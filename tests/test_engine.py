@@ -43,7 +43,9 @@ def gather(world: World, stage: int, precision: str, seed: int, steps: int) -> d
     return engine.gather_state(trainer, settings)
 
 
-def resume(world: World, stage: int, precision: str, half: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+def resume(
+    world: World, stage: int, precision: str, half: dict[str, dict[str, Tensor]]
+) -> dict[str, dict[str, Tensor]]:
     trainer, settings = start(world, stage, precision, seed=1)
     engine.restore_state(trainer, settings, half, STEPS // 2)
     take_steps(trainer, STEPS // 2, STEPS)

@@ -16,8 +16,9 @@ from ranks import run_ranks
 
 from pacl_scale import checkpoint, config, metrics
 from pacl_scale.checkpoint import CheckpointConfig
-from pacl_scale.data import DataConfig, build_index
 from pacl_scale.data.features import FeatureFormat
+from pacl_scale.data.index import build_index
+from pacl_scale.data.stream import DataConfig
 from pacl_scale.distributed import World
 from pacl_scale.encoders import TextEncoderConfig
 from pacl_scale.engine import EngineConfig
@@ -45,9 +46,7 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> str:
                 tokens = torch.from_numpy(random.normal(size=(1, TOKENS, WIDTH)).astype(np.float32))
                 tokens[:, :3, kind] += 4
                 texts = {"captions": [f"a {THINGS[kind]} number {number}"], "nouns": [THINGS[kind]]}
-                tar.write(
-                    {"__key__": f"{number:07d}", "json": json.dumps(texts).encode(), **layout.pack(tokens)[0]}
-                )
+                tar.write({"__key__": f"{number:07d}", "json": json.dumps(texts).encode(), **layout.pack(tokens)[0]})
     build_index(str(root), kind="features", extra=layout.to_dict())
     return str(root)
 

@@ -11,7 +11,7 @@ patches' type or a wider one, and the patches are not. Call them through
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -28,7 +28,10 @@ def exact_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def without_autocast(method: Method) -> Method:
     """``forward`` or ``backward`` of an autograd function in the types that it chose, whatever mode surrounds it."""
 
     @functools.wraps(method)
@@ -36,4 +39,4 @@ def without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
         with torch.autocast(first.device.type, enabled=False):
             return method(ctx, first, *others)
 
-    return call
+    return cast(Method, call)
