@@ -28,7 +28,7 @@ from torch.nn import functional
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).parent))
 
-from machine import MEBIBYTE, alternate, describe, in_child, median, peak_of, ratio, write
+from machine import CLOCKS, MEBIBYTE, alternate, describe, in_child, median, peak_of, ratio, write
 
 from pacl_scale.kernels import tiled
 from pacl_scale.similarity import patch_text_similarity
@@ -127,7 +127,7 @@ def both_ways(function: Callable[[Tensor, Tensor], Tensor], patches: Tensor, tex
     return phi.detach()
 
 
-def speed(dtype_name: str, rounds: int, deadline_s: float, more: bool) -> dict[str, Any]:
+def speed(dtype_name: str, rounds: int, deadline_s: float, more: bool, clock: str) -> dict[str, Any]:
     """Seconds and ratios, forward and backward, at the standard size."""
     patches, texts, up = make(SIZE, TYPES[dtype_name])
     small = make({**SIZE, "B": 2, "N": 64}, TYPES[dtype_name])
@@ -145,7 +145,7 @@ def speed(dtype_name: str, rounds: int, deadline_s: float, more: bool) -> dict[s
             "own caption (another objective)": lambda: both_ways(own_caption, patches, texts, up),
             "single vector (CLIP)": lambda: both_ways(single_vector, patches, texts, up),
         }
-    seconds = alternate(candidates, rounds, deadline_s)
+    seconds = alternate(candidates, rounds, deadline_s, clock)
     return {
         "seconds": median(seconds),
         "rounds": len(seconds["tiled"]),
@@ -288,6 +288,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the results there instead of to stdout")
     parser.add_argument("--plots", metavar="FOLDER", type=Path, help="draw similarity.svg there")
     parser.add_argument("--kernels", action="store_true", help="compile the CUDA kernels and report their resources")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="what is timed: see machine.py")
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
@@ -295,11 +296,14 @@ def main() -> None:
         print(extra_memory(what, dtype_name, json.loads(size)))
         return
     rounds, deadline = (3, 6.0) if arguments.quick else (7, 600.0)
-    results: dict[str, Any] = {"benchmark": "similarity", "quick": arguments.quick, "size": SIZE} | {
-        "machine": describe() | {"numba": importlib.util.find_spec("numba") is not None}
-    }
+    results: dict[str, Any] = {
+        "benchmark": "similarity",
+        "quick": arguments.quick,
+        "clock": arguments.clock,
+        "size": SIZE,
+    } | {"machine": describe() | {"numba": importlib.util.find_spec("numba") is not None}}
     for name in TYPES:
-        results[name] = speed(name, rounds, deadline, more=not arguments.quick)
+        results[name] = speed(name, rounds, deadline, not arguments.quick, arguments.clock)
     results["memory"] = {name: memory(name, SIZE) for name in TYPES}
     errors = {name: exactness(name) for name in TYPES}
     results |= {

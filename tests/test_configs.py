@@ -20,7 +20,8 @@ def class_of(path: Path) -> tuple[type, list[str]]:
     if path.parent.name == "data":
         if path.stem == "photos":
             return PackConfig, ["images=x", "captions=y", "output=z"]
-        return DownloadConfig, ["url_list=x", "output=z"]
+        metadata = ["metadata=y"] if path.stem == "yfcc15m" else []
+        return DownloadConfig, ["url_list=x", "output=z", *metadata]
     if path.parent.name == "eval":
         return EvaluateConfig, ["checkpoint=x"]
     return {"cache": CacheConfig, "train": TrainConfig}[path.parent.name], []

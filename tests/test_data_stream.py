@@ -334,7 +334,7 @@ def test_nothing_is_left_after_ctrl_c_or_an_error(pairs: Path, how: str, status:
         assert child.stdout.readline() == "going\n"
         if how == "SIGINT":
             child.send_signal(signal.SIGINT)
-        _, errors = child.communicate(timeout=20)
+        _, errors = child.communicate(timeout=90)
     assert child.returncode == status
     assert ("KeyboardInterrupt" if how == "SIGINT" else "on purpose") in errors
 

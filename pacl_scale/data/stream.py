@@ -260,6 +260,7 @@ class PairStream:
         run = self._running = _Run(self, self._mixture, start, stop)
         while (batch := run.next()) is not None:
             self.position = batch.position_after
+            self._count(batch)
             yield batch
         self.close()
 
@@ -274,6 +275,18 @@ class PairStream:
         run, self._running = self._running, None
         if run is not None:
             run.close()
+
+    def _count(self, batch: PairBatch) -> None:
+        """Count a batch when it is handed out, not when a thread has made it ahead of its turn."""
+        skipped = sum(batch.skipped.values())
+        self.skipped += Counter(batch.skipped)
+        # In training a neighbour takes the place of a skipped sample, so the batch is as long as ever.
+        self.seen += len(batch) + (skipped if self.ordered else 0)
+        if self.skipped.total() > self.config.max_skip_share * max(self.seen, JUDGED_FROM):
+            raise UserError(
+                f"{self.skipped.total()} of {self.seen} samples cannot be used ({_listed(self.skipped)}), "
+                f"more than data.max_skip_share = {self.config.max_skip_share:.0%}"
+            )
 
     def _mix(self, position: int, own_positions: list[int] | None) -> Mixture:
         window = 0 if self.ordered else self.config.read.window_chunks
@@ -491,14 +504,6 @@ class _Pending:
                 log.warning(
                     "sample skipped", cause=cause, shard=f"{index.root_url}/{shard}", byte=int(index.offset[sample])
                 )
-        stream.skipped += skipped
-        stream.seen += len(self._rows)
-        allowed = stream.config.max_skip_share * max(stream.seen, JUDGED_FROM)
-        if stream.skipped.total() > allowed:
-            raise UserError(
-                f"{stream.skipped.total()} of {stream.seen} samples cannot be used ({_listed(stream.skipped)}), "
-                f"more than data.max_skip_share = {stream.config.max_skip_share:.0%}"
-            )
         return skipped
 
 
