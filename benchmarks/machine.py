@@ -36,24 +36,36 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 
 
 def alternate(
-    candidates: dict[str, Callable[[], Any]], rounds: int, deadline_s: float = float("inf"), clock: str = "wall"
+    candidates: dict[str, Callable[[], Any]],
+    rounds: int,
+    deadline_s: float = float("inf"),
+    clock: str = "wall",
+    warm: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of each candidate, one after the other, round by round, so that a noisy neighbour meets all alike.
 
-    The first round warms up and is not counted. No round is started after the deadline, but one is always counted.
+    Each round begins with another candidate, so that none always runs in the wake of the same one.
+    The first round warms up and is not counted, unless all are ``warm`` already. No round is started after the deadline, but one is always counted.
     """
     now = CLOCKS[clock]
     started = time.monotonic()
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for number in range(rounds + 1):
+    for number in range(1 if warm else 0, rounds + 1):
         if number > 1 and time.monotonic() - started > deadline_s:
             break
-        for name, run in candidates.items():
+        for name in rotated(list(candidates), number):
+            run = candidates[name]
             before = now()
             run()
             if number:
                 seconds[name].append(now() - before)
     return seconds
+
+
+def rotated(names: list[str], by: int) -> list[str]:
+    """``names`` from another one on."""
+    by %= len(names)
+    return names[by:] + names[:by]
 
 
 def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> float:

@@ -29,7 +29,7 @@ _NEW_NAMES = hasattr(distributed, "all_gather_single")
 _ALL_GATHER = "all_gather_single" if _NEW_NAMES else "all_gather_into_tensor"
 _REDUCE_SCATTER = "reduce_scatter_single" if _NEW_NAMES else "reduce_scatter_tensor"
 
-ROW_BLOCK_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 22}
+ROW_BLOCK_NUMBERS = {"cpu": 1 << 16, "cuda": 1 << 22}
 """Logits are made for this many pairs at a time, so that nothing but phi and its gradient is as large as the table;
 on a CPU few enough for its cache."""
 

@@ -26,8 +26,11 @@ from pacl_scale.kernels import POOLED_FLOOR, VECTOR_FLOOR, exact_type, passes, w
 
 Result = TypeVar("Result")
 
-TILE_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 25}
-"""How many scores a tile holds: on a CPU few enough for the cache of one core, on a GPU enough to fill it."""
+TILE_NUMBERS = {"cpu": 1 << 19, "cuda": 1 << 25}
+"""How many scores a tile holds: on a CPU few enough for its caches, on a GPU enough to fill it."""
+
+SMALLEST_SHARE = 64
+"""On a CPU a tile is at most this part of all scores, so that a small problem needs little memory beside its table."""
 
 TILE_PATCHES = 256
 """On a CPU, images are taken together up to this many patches, so that few patches still make good products."""
@@ -101,7 +104,9 @@ class _Problem:
     def of(patches_BTD: Tensor, texts_ND: Tensor, scale: Tensor, pooling: str, mask_BT: Tensor | None) -> "_Problem":
         B, T, _ = patches_BTD.shape
         on_cpu = patches_BTD.device.type == "cpu"
-        limit = TILE_NUMBERS["cpu" if on_cpu else "cuda"]
+        limit = TILE_NUMBERS["cuda"]
+        if on_cpu:
+            limit = min(TILE_NUMBERS["cpu"], B * T * len(texts_ND) // SMALLEST_SHARE)
         images = min(B, max(1, (TILE_PATCHES if on_cpu else limit // len(texts_ND)) // T))
         exact = exact_type(patches_BTD.dtype)
         bias_BT = torch.zeros(B, T, dtype=exact, device=patches_BTD.device)
@@ -115,7 +120,7 @@ class _Problem:
             bias_BT=bias_BT,
             pooling=pooling,
             images=images,
-            texts=min(len(texts_ND), max(16, limit // (images * T))),
+            texts=_even_step(len(texts_ND), max(16, limit // (images * T))),
             passes=_fused_passes() if fast and fused_passes_exist() else passes,
         )
 
@@ -274,6 +279,11 @@ def _outer(weights_ngT: Tensor, attention_ngT: Tensor) -> Tensor:
     if weights_ngT.shape[1] == 1:
         return torch.mm(weights_ngT.flatten(1).t(), attention_ngT.flatten(1)).unsqueeze(0)
     return torch.bmm(weights_ngT.permute(1, 2, 0), attention_ngT.transpose(0, 1))
+
+
+def _even_step(total: int, most: int) -> int:
+    """The step that cuts ``total`` into as few parts as ``most`` allows, all about as long."""
+    return -(-total // -(-total // most))
 
 
 def _cut(total: int, step: int) -> list[slice]:
