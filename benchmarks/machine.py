@@ -45,7 +45,8 @@ def alternate(
     """Seconds of each candidate, one after the other, round by round, so that a noisy neighbour meets all alike.
 
     Each round begins with another candidate, so that none always runs in the wake of the same one.
-    The first round warms up and is not counted, unless all are ``warm`` already. No round is started after the deadline, but one is always counted.
+    The first round warms up and is not counted, unless all are ``warm`` already. No round is started after the
+    deadline, but one is always counted.
     """
     now = CLOCKS[clock]
     started = time.monotonic()
