@@ -10,6 +10,8 @@ checksums do not match is passed over as well, aloud. Folders may lie on any fss
 
 import hashlib
 import json
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +35,14 @@ class CheckpointConfig:
     every_steps: int = 500
     """Save after every so many steps (and always after the last)."""
 
+    every_minutes: float | None = None
+    """Save as well when so many minutes have passed since the last save; null: only by steps."""
+
     keep_last: int = 3
     """Newest checkpoints to keep; older ones are deleted after a successful save."""
+
+    keep_every: int | None = None
+    """Keep for good the checkpoints whose step is a multiple of this; null keeps none but the newest."""
 
     folder: str | None = None
     """Where checkpoints lie: a path or any fsspec URL; null is <run>/checkpoints."""
@@ -42,9 +50,20 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.every_steps < 1 or self.keep_last < 1:
             raise ValueError("checkpoint.every_steps and checkpoint.keep_last must be at least 1")
+        if self.keep_every is not None and self.keep_every < 1:
+            raise ValueError("checkpoint.keep_every must be at least 1, or null")
+        if self.every_minutes is not None and self.every_minutes <= 0:
+            raise ValueError("checkpoint.every_minutes must be positive, or null")
 
 
-def save(folder: str, step: int, state: dict[str, dict[str, Tensor]], info: dict[str, Any], keep_last: int) -> str:
+def save(
+    folder: str,
+    step: int,
+    state: dict[str, dict[str, Tensor]],
+    info: dict[str, Any],
+    keep_last: int,
+    keep_every: int | None = None,
+) -> str:
     """Write one checkpoint and delete those older than the ``keep_last`` newest; one rank calls it.
 
     Args:
@@ -52,6 +71,8 @@ def save(folder: str, step: int, state: dict[str, dict[str, Tensor]], info: dict
         step: optimizer steps taken.
         state: as ``engine.gather_state`` returns it: ``{"master", "exp_avg", "exp_avg_sq"} -> name -> tensor``.
         info: what the side-car says besides step and checksums; plain JSON.
+        keep_last: newest checkpoints to keep.
+        keep_every: checkpoints whose step is a multiple of this are never deleted.
 
     Returns:
         The URL of the checkpoint.
@@ -65,8 +86,48 @@ def save(folder: str, step: int, state: dict[str, dict[str, Tensor]], info: dict
     sidecar["sha256"] = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     storage.write_bytes(storage.join(target, STATE), json.dumps(sidecar, indent=2).encode())
     for old in steps_in(folder)[:-keep_last]:
+        if keep_every and old % keep_every == 0:
+            continue
         storage.remove(storage.join(folder, f"{old:08d}"))
     return target
+
+
+class Writer:
+    """Writes checkpoints beside the training that goes on, one at a time; also knows when the next one is due.
+
+    What went wrong in a write is raised by the next call, at the latest by :meth:`close`.
+    """
+
+    def __init__(self, folder: str, config: CheckpointConfig) -> None:
+        self.folder, self.config = folder, config
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[str] | None = None
+        self._last = time.monotonic()
+
+    def minutes_passed(self) -> bool:
+        """Whether ``every_minutes`` have passed since the last save."""
+        minutes = self.config.every_minutes
+        return minutes is not None and time.monotonic() - self._last >= 60 * minutes
+
+    def save(self, step: int, state: dict[str, dict[str, Tensor]], info: dict[str, Any]) -> None:
+        """:func:`save` in a thread, when the write before is done; ``state`` is not to be changed any more."""
+        self.wait()
+        self._last = time.monotonic()
+        arguments = (self.folder, step, state, info, self.config.keep_last, self.config.keep_every)
+        self._writing = self._thread.submit(save, *arguments)
+
+    def wait(self) -> None:
+        """Until what was handed over is written."""
+        if self._writing:
+            writing, self._writing = self._writing, None
+            log.info("saved", checkpoint=writing.result())
+
+    def close(self) -> None:
+        """:meth:`wait`, then end the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
 
 
 def load(path: str) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:

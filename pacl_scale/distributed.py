@@ -34,15 +34,18 @@ class DistributedConfig:
     """CPU threads of torch in each rank; 0 shares the cores of this machine evenly between its ranks."""
 
     timeout_minutes: float = 30.0
-    """How long a collective may take before the run is given up."""
+    """How long a collective may take before the run is given up, until the first step is done."""
+
+    step_timeout_minutes: float = 10.0
+    """The same from the first step on, when nothing is loaded or compiled any more."""
 
     def __post_init__(self) -> None:
         if self.ranks < 1:
             raise ValueError(f"distributed.ranks must be at least 1, not {self.ranks}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"distributed.device is auto, cpu or cuda, not {self.device!r}")
-        if self.timeout_minutes <= 0:
-            raise ValueError("distributed.timeout_minutes must be positive")
+        if min(self.timeout_minutes, self.step_timeout_minutes) <= 0:
+            raise ValueError("distributed.timeout_minutes and step_timeout_minutes must be positive")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,12 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 """Exit status after Ctrl-C: 128 + SIGINT, as shells report it."""
 
+EXIT_FAILED = 1
+"""Exit status of a :class:`RunFailed`."""
+
+EXIT_REQUEUE = REQUEUE = 75
+"""Exit status of a run that saved and stopped because it was asked to: start it again (EX_TEMPFAIL of sysexits)."""
+
 
 class UserError(Exception):
     """A fault that the user can mend: a wrong key, a missing bucket, data that cannot be used.
@@ -19,11 +25,15 @@ class UserError(Exception):
     """
 
 
+class RunFailed(Exception):
+    """A run ended before its end, and not by a mistake in its settings. The message is one sentence."""
+
+
 def run_command(command: Callable[[], int | None]) -> int:
     """Run ``command`` and return the exit status of the process.
 
-    A :class:`UserError` becomes its sentence on stderr and status 2, Ctrl-C becomes status 130. Anything else
-    is a defect of this program and keeps its traceback.
+    A :class:`UserError` becomes its sentence on stderr and status 2, a :class:`RunFailed` the same with status 1,
+    Ctrl-C becomes status 130. Anything else is a defect of this program and keeps its traceback.
     """
     try:
         return command() or 0
@@ -33,6 +43,10 @@ def run_command(command: Callable[[], int | None]) -> int:
             time.sleep(5.0)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+    except RunFailed as error:
+        # Every rank says it: the one that would speak for all may be the one that is gone.
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -93,3 +94,43 @@ def revision() -> str:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+class Clock:
+    """Seconds spent waiting for data and working since the last reading."""
+
+    def __init__(self) -> None:
+        self._spent = {"waiting": 0.0, "working": 0.0}
+        self._steps = 0
+
+    def waiting(self) -> "Span":
+        """A ``with`` block that waits for the next batch."""
+        return Span(self._spent, "waiting")
+
+    def working(self) -> "Span":
+        """A ``with`` block that computes one step."""
+        self._steps += 1
+        return Span(self._spent, "working")
+
+    def read(self, pairs_per_step: int) -> dict[str, float]:
+        """Pairs per second and the share of time spent waiting, then start over."""
+        total = max(sum(self._spent.values()), 1e-9)
+        result = {
+            "pairs_per_s": self._steps * pairs_per_step / total,
+            "data_wait_share": self._spent["waiting"] / total,
+        }
+        self.__init__()  # type: ignore[misc]
+        return result
+
+
+class Span:
+    """Adds the length of a ``with`` block to one entry of a dictionary."""
+
+    def __init__(self, spent: dict[str, float], what: str) -> None:
+        self._spent, self._what = spent, what
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *exc: object) -> None:
+        self._spent[self._what] += time.perf_counter() - self._start

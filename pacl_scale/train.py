@@ -4,13 +4,15 @@ The run directory is the interface: ``config.yaml`` (resolved), ``environment.js
 ``train.<attempt>.log`` and ``checkpoints/``. Started again with the same run directory, training resumes from
 the newest whole checkpoint; the same samples follow, whatever the number of ranks.
 
+SIGUSR1, SIGUSR2 and SIGTERM, at any rank, make all ranks save after the step they are in and end with exit status 75:
+start the run again.
+
 Shapes: b pictures on this rank, B in the global batch, T patches, Din / D width of tokens / text vectors.
 """
 
 import json
 import math
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,7 +23,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from pacl_scale import checkpoint, config, distributed, engine, log, metrics
+from pacl_scale import checkpoint, config, distributed, engine, health, log, metrics, signals
 from pacl_scale.checkpoint import CheckpointConfig
 from pacl_scale.data.stream import DataConfig, PairBatch, PairStream
 from pacl_scale.distributed import DistributedConfig, World
@@ -35,10 +37,11 @@ from pacl_scale.encoders import (
     build_vision,
 )
 from pacl_scale.engine import EngineConfig
-from pacl_scale.errors import UserError, run_command
+from pacl_scale.errors import EXIT_REQUEUE, RunFailed, UserError, run_command
 from pacl_scale.loss import LossConfig, PACLLoss
 from pacl_scale.model import PACLModel, build_embedder
 from pacl_scale.optim import OptimConfig, learning_rate
+from pacl_scale.signals import StopRequest
 
 MODULE = "pacl_scale.train"
 logger = log.get_logger(MODULE)
@@ -46,6 +49,7 @@ logger = log.get_logger(MODULE)
 MAY_CHANGE_AT_RESUME = (
     "run",
     "log_every",
+    "max_bad_steps",
     "micro_batch_size",
     "distributed.",
     "engine.",
@@ -77,6 +81,9 @@ class TrainConfig:
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
 
+    max_bad_steps: int = 3
+    """Steps in a row whose loss or gradient is not finite, and which are skipped, before the run ends."""
+
     data: DataConfig = field(default_factory=DataConfig)
     """Where the pairs come from."""
 
@@ -105,8 +112,8 @@ class TrainConfig:
     """Processes and devices."""
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.global_batch_size, self.log_every) < 1:
-            raise ValueError("steps, global_batch_size and log_every must be at least 1")
+        if min(self.steps, self.global_batch_size, self.log_every, self.max_bad_steps) < 1:
+            raise ValueError("steps, global_batch_size, log_every and max_bad_steps must be at least 1")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ValueError("micro_batch_size must be at least 1")
 
@@ -117,17 +124,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings: TrainConfig = config.parse(TrainConfig, words, "python -m pacl_scale.train")
     if distributed.needs_launch(settings.distributed):
         accumulation_of(settings, settings.distributed.ranks)
-        return distributed.launch(settings.distributed, MODULE, words)
-    with distributed.joined(settings.distributed) as world:
-        train(settings, world)
-    return 0
+        with signals.passed_on():
+            return distributed.launch(settings.distributed, MODULE, words)
+    with distributed.joined(settings.distributed) as world, signals.heard() as stop:
+        return 0 if train(settings, world, stop) else EXIT_REQUEUE
 
 
-def train(settings: TrainConfig, world: World) -> None:
+def train(settings: TrainConfig, world: World, stop: StopRequest | None = None) -> bool:
     """Build, restore, loop. Collective: every rank of ``world`` calls it with the same ``settings``.
+
+    Returns:
+        Whether all steps are done; if not, a rank's ``stop`` was set, and the state after its step is saved.
 
     Raises:
         UserError: shapes that do not divide, data or checkpoints that cannot be used.
+        RunFailed: a rank is gone, or too many steps in a row were not finite.
     """
     accumulation = accumulation_of(settings, world.size)
     run = Path(settings.run)
@@ -155,38 +166,65 @@ def train(settings: TrainConfig, world: World) -> None:
         trainer = engine.start(settings.engine, settings.optim, model, world, micro_batch_size, accumulation)
         loss_of = PACLLoss(settings.loss)
 
-        first_step = 1
+        first_step, updates = 1, 0
         if resume_from:
             info, state = checkpoint.load(resume_from)
-            engine.restore_state(trainer, settings.engine, state, info["step"])
+            first_step, updates = info["step"] + 1, info.get("updates", info["step"])
+            engine.restore_state(trainer, settings.engine, state, updates)
             stream.load_state(info["data"])
-            first_step = info["step"] + 1
             logger.info("resumed", checkpoint=resume_from, step=info["step"], position=info["data"]["position"])
 
         lines = metrics.MetricsFile(run / "metrics.jsonl", first_step - 1) if world.is_main else None
+        writer = checkpoint.Writer(checkpoint_folder(settings), settings.checkpoint)
+        resources.callback(writer.close)
+        bad_steps = health.BadSteps(run / "bad", world, settings.max_bad_steps)
+        progress = health.Progress()
+        resources.enter_context(health.lost_peers_named(world, progress))
         batches = iter(stream)
-        clock = Clock()
+        clock = metrics.Clock()
         for step in log.progress(range(first_step, settings.steps + 1), "train", unit="step"):
+            progress.step, progress.doing = step, "waiting for data"
             lr = learning_rate(settings.optim, step - 1, settings.steps)
             engine.set_learning_rate(trainer, lr)
             with clock.waiting():
                 batch = next(batches)
             with clock.working():
+                progress.doing = "encoding"
                 micro_batches = list(encode(batch, vision, text, world.device, micro_batch_size))
-                loss, scale = train_step(trainer, loss_of, micro_batches)
-            if not math.isfinite(loss):
-                raise UserError(f"the loss is {loss} at step {step}; lower optim.lr, or look at the data of this step")
+                progress.doing = "computing the loss and its gradient"
+                loss, scale, updated = train_step(trainer, loss_of, micro_batches)
+            if updated:
+                updates += 1
+                bad_steps.good()
+            else:
+                tokens, texts = (torch.cat([getattr(m, part) for m in micro_batches]) for part in ("tokens", "texts"))
+                bad_steps.bad(step, loss, batch.keys, tokens, texts)
             if lines and (step % settings.log_every == 0 or step in (1, settings.steps)):
                 values: dict[str, Any] = {"step": step, "loss": loss, "lr": lr, "logit_scale": scale}
                 values |= {"grad_norm": gradient_norm(trainer), "position": batch.position_after}
                 values |= clock.read(settings.global_batch_size) | {"skipped": sum(stream.skipped.values())}
+                values |= {"bad_steps": bad_steps.count}
                 values |= {"resident_mb": metrics.resident_mb(), "device_mb": metrics.device_mb(world.device)}
                 lines.write(values)
                 logger.info("step", **{k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()})
-            if step % settings.checkpoint.every_steps == 0 or step == settings.steps:
-                save(settings, trainer, step, stream.state_after(batch), made_for, world)
+            progress.doing = "agreeing on what is next"
+            agreed = health.agree(world, stop=bool(stop), save=writer.minutes_passed())
+            done = step == settings.steps
+            if agreed.save or agreed.stop or done or step % settings.checkpoint.every_steps == 0:
+                progress.doing = "gathering the state for a checkpoint"
+                state = engine.gather_state(trainer, settings.engine)
+                if world.is_main:
+                    info = {"config": config.to_dict(settings), "data": stream.state_after(batch), "updates": updates}
+                    writer.save(step, state, info | {"revision": metrics.revision(), **made_for})
+            if agreed.stop and not done:
+                writer.wait()
+                logger.info("stopped", why=stop.name if stop else "another rank was asked to", step=step)
+                return False
+            if step == first_step:
+                health.set_collective_timeout(settings.distributed.step_timeout_minutes)
     if world.is_main:
         logger.info("trained", run=str(run), steps=settings.steps)
+    return True
 
 
 def accumulation_of(settings: TrainConfig, world_size: int) -> int:
@@ -271,8 +309,10 @@ def encode(
         yield MicroBatch(tokens, texts[part].to(device), ids, image_ids)
 
 
-def train_step(trainer: Any, loss_of: PACLLoss, micro_batches: list[MicroBatch]) -> tuple[float, float]:
-    """One optimizer step on the global batch; returns its loss and the logit scale.
+def train_step(trainer: Any, loss_of: PACLLoss, micro_batches: list[MicroBatch]) -> tuple[float, float, bool]:
+    """One optimizer step on the global batch; returns its loss, the logit scale, and whether weights were updated.
+
+    They are not where the loss is not finite, which all ranks see alike, or where the engine refused the gradient.
 
     With several micro-batches the negatives are still the whole global batch. The gradient of the loss with
     respect to every similarity is taken once, from similarities computed without a graph; then each micro-batch
@@ -287,9 +327,12 @@ def train_step(trainer: Any, loss_of: PACLLoss, micro_batches: list[MicroBatch])
         patches, scale = trainer(micro_batches[0].tokens)
         phi = loss_of.similarity(patches, texts)
         loss = loss_of.from_similarity(phi, texts, scale, image_text_ids=image_text_ids)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            return value, float(scale.detach()), False
         trainer.backward(loss)
         trainer.step()
-        return float(loss.detach()), float(scale.detach())
+        return value, float(scale.detach()), updated(trainer)
 
     with torch.no_grad():
         embedded = [trainer.module(micro.tokens) for micro in micro_batches]
@@ -299,6 +342,9 @@ def train_step(trainer: Any, loss_of: PACLLoss, micro_batches: list[MicroBatch])
     phi.requires_grad_()
     scale.requires_grad_()
     loss = loss_of.from_similarity(phi, texts, scale, image_text_ids=image_text_ids)
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        return value, float(scale.detach()), False
     phi_grad, scale_grad = torch.autograd.grad(loss, [phi, scale])
     for micro, share in zip(micro_batches, phi_grad.split([len(m.tokens) for m in micro_batches]), strict=True):
         patches, micro_scale = trainer(micro.tokens)
@@ -308,64 +354,27 @@ def train_step(trainer: Any, loss_of: PACLLoss, micro_batches: list[MicroBatch])
         # DeepSpeed divides by the number of micro-batches; ours are parts of one sum.
         trainer.backward(surrogate * len(micro_batches))
         trainer.step()
-    return float(loss.detach()), float(scale.detach())
+    return value, float(scale.detach()), updated(trainer)
+
+
+def updated(trainer: Any) -> bool:
+    """Whether the last step changed weights.
+
+    Raises:
+        RunFailed: it did, by a gradient that is not finite (in float32, where the engine does not look first).
+    """
+    norm = gradient_norm(trainer)
+    if not trainer.was_step_applied():
+        return False
+    if norm is not None and not math.isfinite(norm):
+        raise RunFailed(f"the gradient's norm is {norm}; start the run again to go on from its newest checkpoint")
+    return True
 
 
 def gradient_norm(trainer: Any) -> float | None:
     """Norm of the last step's gradient before clipping, as DeepSpeed measured it; ``None`` where it did not."""
     norm = trainer.get_global_grad_norm()
     return None if norm is None else float(norm)
-
-
-def save(
-    settings: TrainConfig, trainer: Any, step: int, data: dict[str, int], made_for: dict[str, Any], world: World
-) -> None:
-    """Gather the state on every rank and write it on the main one."""
-    state = engine.gather_state(trainer, settings.engine)
-    if world.is_main:
-        info = {"config": config.to_dict(settings), "data": data, "revision": metrics.revision(), **made_for}
-        path = checkpoint.save(checkpoint_folder(settings), step, state, info, settings.checkpoint.keep_last)
-        logger.info("saved", checkpoint=path)
-
-
-class Clock:
-    """Seconds spent waiting for data and working since the last reading."""
-
-    def __init__(self) -> None:
-        self._spent = {"waiting": 0.0, "working": 0.0}
-        self._steps = 0
-
-    def waiting(self) -> "Span":
-        """A ``with`` block that waits for the next batch."""
-        return Span(self._spent, "waiting")
-
-    def working(self) -> "Span":
-        """A ``with`` block that computes one step."""
-        self._steps += 1
-        return Span(self._spent, "working")
-
-    def read(self, pairs_per_step: int) -> dict[str, float]:
-        """Pairs per second and the share of time spent waiting, then start over."""
-        total = max(sum(self._spent.values()), 1e-9)
-        result = {
-            "pairs_per_s": self._steps * pairs_per_step / total,
-            "data_wait_share": self._spent["waiting"] / total,
-        }
-        self.__init__()  # type: ignore[misc]
-        return result
-
-
-class Span:
-    """Adds the length of a ``with`` block to one entry of a dictionary."""
-
-    def __init__(self, spent: dict[str, float], what: str) -> None:
-        self._spent, self._what = spent, what
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *exc: object) -> None:
-        self._spent[self._what] += time.perf_counter() - self._start
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
+from training import write_features
 
 from pacl_scale.errors import UserError
 from pacl_scale.quickstart.store import ObjectStore, find_server
@@ -35,3 +36,9 @@ def s3_url(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> str:
     for name, value in store.environment.items():
         monkeypatch.setenv(name, value)
     return f"{store.url}/{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture(scope="session")
+def features(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A data set of patch tokens, see :func:`training.write_features`."""
+    return write_features(tmp_path_factory.mktemp("data") / "features")

@@ -1,5 +1,6 @@
 """Checkpoints are whole or passed over."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,51 @@ def test_size_is_what_is_trained(tmp_path: Path) -> None:
     tensors = sum(t.numel() * t.element_size() for part in STATE.values() for t in part.values())
     written = sum((path / name).stat().st_size for name in (checkpoint.MODEL, checkpoint.OPTIMIZER))
     assert written < tensors + 2000
+
+
+def test_checkpoints_kept_for_good_stay(folder: str) -> None:
+    for step in (10, 15, 20, 25, 30):
+        checkpoint.save(folder, step, STATE, INFO, keep_last=1, keep_every=10)
+    assert checkpoint.steps_in(folder) == [10, 20, 30]
+
+
+def test_a_writer_goes_on_while_it_writes_and_says_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = checkpoint.Writer(str(tmp_path / "checkpoints"), checkpoint.CheckpointConfig())
+    store_is_back = threading.Event()
+    write = storage.write_bytes
+
+    def slow(url: str, content: bytes) -> None:
+        assert store_is_back.wait(10)
+        write(url, content)
+
+    monkeypatch.setattr(storage, "write_bytes", slow)
+    writer.save(1, STATE, INFO)
+    assert checkpoint.steps_in(writer.folder) == []
+    store_is_back.set()
+    writer.save(2, STATE, INFO)
+    writer.wait()
+    assert checkpoint.steps_in(writer.folder) == [1, 2]
+
+    def refuse(url: str, content: bytes) -> None:
+        raise UserError("no space left")
+
+    monkeypatch.setattr(storage, "write_bytes", refuse)
+    writer.save(3, STATE, INFO)
+    with pytest.raises(UserError, match="no space left"):
+        writer.close()
+
+
+def test_a_save_is_due_when_minutes_have_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
+    writer = checkpoint.Writer(str(tmp_path), checkpoint.CheckpointConfig(every_minutes=5))
+    now += 299
+    assert not writer.minutes_passed()
+    now += 1
+    assert writer.minutes_passed()
+    writer.save(1, STATE, INFO)
+    assert not writer.minutes_passed()
+    writer.close()
+    never = checkpoint.Writer(str(tmp_path), checkpoint.CheckpointConfig())
+    now += 1e9
+    assert not never.minutes_passed()
