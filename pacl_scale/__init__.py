@@ -4,4 +4,28 @@ Importing the package is cheap on purpose: torch, deepspeed and img2dataset are 
 use them, so that ``pacl-scale --help`` answers at once.
 """
 
+from typing import TYPE_CHECKING, Literal
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from pacl_scale.pretrained import Pretrained
+
+
+def load(
+    path: str, device: Literal["auto", "cpu", "cuda"] = "auto", precision: Literal["bf16", "fp32"] = "bf16"
+) -> "Pretrained":
+    """A trained model, ready to segment.
+
+    Args:
+        path: a run directory, a checkpoint or an exported folder, as a path or any fsspec URL; a repository on the
+            Hugging Face Hub is ``hf://org/name``.
+        device: "auto" takes CUDA where there is a GPU.
+        precision: compute dtype of the towers.
+
+    Raises:
+        pacl_scale.errors.UserError: no checkpoint there, a damaged one, or its towers cannot be had.
+    """
+    from pacl_scale import pretrained
+
+    return pretrained.load(path, device, precision)

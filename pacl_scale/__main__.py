@@ -10,6 +10,7 @@ VERBS = {
     "cache": "encode every picture once and keep its patch tokens beside the tars",
     "evaluate": "zero-shot segmentation and retrieval of a checkpoint",
     "segment": "one picture and some words in, masks out",
+    "export": "a checkpoint to hand on, with a model card; or the average of several",
     "report": "one HTML page of a run: curves, scores, pictures with masks",
     "quickstart": "the whole pipeline on this machine (what `make demo` runs)",
 }

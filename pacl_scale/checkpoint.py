@@ -80,16 +80,17 @@ def save(
     target = storage.join(folder, f"{step:08d}")
     moments = {f"{part}/{name}": t for part in state if part != "master" for name, t in state[part].items()}
     contents = {MODEL: save_safetensors(state["master"]), OPTIMIZER: save_safetensors(moments)}
-    for name, content in contents.items():
-        storage.write_bytes(storage.join(target, name), content)
-    sidecar = {"version": VERSION, "step": step, **info}
-    sidecar["sha256"] = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    storage.write_bytes(storage.join(target, STATE), json.dumps(sidecar, indent=2).encode())
+    _write(target, contents, {"step": step, **info})
     for old in steps_in(folder)[:-keep_last]:
         if keep_every and old % keep_every == 0:
             continue
         storage.remove(storage.join(folder, f"{old:08d}"))
     return target
+
+
+def save_weights(path: str, weights: dict[str, Tensor], info: dict[str, Any]) -> None:
+    """Write a checkpoint at ``path`` that can be used but not resumed: weights and side-car, no moments."""
+    _write(path, {MODEL: save_safetensors(weights)}, info)
 
 
 class Writer:
@@ -197,6 +198,15 @@ def read_state(path: str) -> dict[str, Any]:
 def read_weights(path: str, info: dict[str, Any]) -> dict[str, Tensor]:
     """The float32 weights of the checkpoint at ``path`` by parameter name, checked against its checksum."""
     return load_safetensors(_checked(path, MODEL, info))
+
+
+def _write(path: str, contents: dict[str, bytes], info: dict[str, Any]) -> None:
+    for name, content in contents.items():
+        storage.write_bytes(storage.join(path, name), content)
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    # Last, for it is what makes the folder a checkpoint.
+    sidecar = {"version": VERSION, **info, "sha256": sums}
+    storage.write_bytes(storage.join(path, STATE), json.dumps(sidecar, indent=2).encode())
 
 
 def _checked(path: str, name: str, info: dict[str, Any]) -> bytes:
