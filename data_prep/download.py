@@ -1,4 +1,6 @@
-"""URL list -> verified, indexed WebDataset tars: ``python data_prep/download.py --config configs/data/cc3m.yaml``.
+"""URL list -> verified, indexed WebDataset tars: ``python data_prep/download.py cc3m --output s3://bucket/cc3m``.
+
+The name is short for ``--config configs/data/cc3m.yaml``.
 
 The stages are prepare, fetch, verify, index and report. Each looks first at what is already there, so that the same
 command continues a run that was killed and does nothing once all is done.
@@ -31,6 +33,8 @@ from pacl_scale.log import configure, get_logger
 
 log = get_logger(__name__)
 
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "data"
+
 REPAIRS = 2
 """How often damaged shards are made again before the run gives up."""
 
@@ -43,10 +47,11 @@ class DownloadConfig:
     AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL).
     """
 
-    url_list: str
-    """The list: a path or fsspec URL of a .tsv, .csv or .parquet file (.tsv.gz, .csv.gz)."""
     output: str
     """Where the data set goes: a folder, as a path or fsspec URL (s3://bucket/name)."""
+    url_list: str = ""
+    """The list: a path or fsspec URL of a .tsv, .csv or .parquet file (.tsv.gz, .csv.gz); not given, the file in the
+    current folder that is named as the source's page names it (Train_GCC-training.tsv for cc3m)."""
     source: str = "pairs"
     """What kind of list it is, which tells its columns: pairs (your own, caption TAB url), cc3m, cc12m or yfcc15m."""
     metadata: str | None = None
@@ -64,8 +69,11 @@ class DownloadConfig:
 
     def __post_init__(self) -> None:
         source = sources.get(self.source)
+        self.url_list = self.url_list or source.file
+        if not self.url_list:
+            raise ValueError(f"url_list is missing: a list of {source.name} has no usual name")
         if source.needs_metadata and self.metadata is None:
-            raise ValueError(f"metadata is missing: {source.name} needs {source.file}")
+            raise ValueError(f"metadata is missing: {source.name} needs {source.metadata_file}")
         if self.metadata is not None and not source.needs_metadata:
             raise ValueError(f"metadata is given, but {source.name} has no second file")
 
@@ -73,7 +81,14 @@ class DownloadConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status."""
     configure()
-    return run_command(lambda: download(parse(DownloadConfig, argv, "data_prep/download.py")))
+    words = with_config_of_name(list(sys.argv[1:] if argv is None else argv))
+    return run_command(lambda: download(parse(DownloadConfig, words, "data_prep/download.py")))
+
+
+def with_config_of_name(words: list[str]) -> list[str]:
+    """``words`` with a first one such as ``cc3m`` replaced by ``--config`` and its file."""
+    names = {path.stem: str(path) for path in CONFIGS.glob("*.yaml")}
+    return ["--config", names[words[0]], *words[1:]] if words and words[0] in names else words
 
 
 def download(config: DownloadConfig) -> None:

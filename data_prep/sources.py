@@ -37,7 +37,7 @@ class Source:
         rows: how many rows the published list has, ``None`` where there is no published one.
         licence: who may do what with it.
         quirks: what surprises people.
-        needs_metadata: the list only names pictures; their URLs and captions are in a second file.
+        metadata_file: name of the second file, where the list only names pictures.
     """
 
     name: str
@@ -47,7 +47,12 @@ class Source:
     rows: int | None = None
     licence: str = ""
     quirks: str = ""
-    needs_metadata: bool = False
+    metadata_file: str = ""
+
+    @property
+    def needs_metadata(self) -> bool:
+        """Whether the list only names pictures, whose URLs and captions are in a second file."""
+        return bool(self.metadata_file)
 
 
 SOURCES = {
@@ -78,7 +83,8 @@ SOURCES = {
         name="yfcc15m",
         columns=("line", "photo", "hash"),
         page="https://github.com/openai/CLIP/blob/main/data/yfcc100m.md",
-        file="yfcc100m_subset_data.tsv.bz2, with yfcc100m_dataset.bz2 as metadata",
+        file="yfcc100m_subset_data.tsv.bz2",
+        metadata_file="yfcc100m_dataset.bz2",
         rows=14_829_396,
         licence="each picture under the Creative Commons licence that its Flickr page names",
         quirks=(
@@ -86,7 +92,6 @@ SOURCES = {
             "metadata (a request at its own page) and are cleaned into a caption here; other lists of about 15 "
             "million YFCC pictures exist and overlap only partly"
         ),
-        needs_metadata=True,
     ),
 }
 

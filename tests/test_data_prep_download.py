@@ -271,7 +271,7 @@ def test_bad_configuration(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
         ("fetch.threads=many",): "fetch.threads",
         ("fetch.threads=0",): "fetch.threads must be positive",
         ("source=laion",): "choose one of",
-        ("source=yfcc15m",): "needs yfcc100m_subset_data",
+        ("source=yfcc15m",): "needs yfcc100m_dataset",
         ("metadata=x",): "has no second file",
         ("fetch.allowed_networks=[10.0.0.300/8]",): "fetch.allowed_networks",
         ("prepare.samples_per_shard=0",): "prepare.samples_per_shard",

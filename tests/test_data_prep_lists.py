@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep import layout, prepare, sources
-from data_prep.download import DownloadConfig
+from data_prep.download import DownloadConfig, with_config_of_name
 from data_prep.nouns import extract_nouns, merge_nouns
 from data_prep.pack import PackConfig
 from data_prep.prepare import PrepareConfig, normalise_caption, normalise_url, stable_id
@@ -312,3 +312,15 @@ def test_sources_tell_what_they_are() -> None:
 def test_ids_fit_64_bits() -> None:
     ids = np.array([stable_id(str(n)) for n in range(1000)], np.uint64)
     assert len(np.unique(ids)) == 1000 and ids.max() > 2**63
+
+
+def test_a_data_set_can_be_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = with_config_of_name(["cc12m", "--output", "s3://bucket/cc12m"])
+    config = parse(DownloadConfig, words, "data_prep/download.py")
+    assert (config.source, config.url_list, config.output) == ("cc12m", "cc12m.tsv", "s3://bucket/cc12m")
+    assert with_config_of_name(["url_list=cc3m", "output=x"]) == ["url_list=cc3m", "output=x"]
+
+
+def test_a_list_of_ones_own_must_be_named() -> None:
+    with pytest.raises(UserError, match="url_list is missing"):
+        parse(DownloadConfig, ["output=x"], "data_prep/download.py")
