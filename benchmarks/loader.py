@@ -55,9 +55,6 @@ CORES = len(os.sched_getaffinity(0))
 SHUFFLE_BUFFER = 1000
 """webdataset's usual shuffle: all shards, then a buffer of this many samples."""
 
-LONGEST_RUN_S = 8.0
-"""Seconds after which a slow candidate is not asked for more pictures."""
-
 Batches = Iterator[Tensor]
 
 
@@ -68,15 +65,15 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", help="write the results there instead of to stdout")
     parser.add_argument("--clients", action="store_true", help="also compare S3 clients on ranged reads")
     options = parser.parse_args()
-    pictures, rounds = (384, 2) if options.quick else (2048, 5)
+    pictures, rounds, longest_s = (1024, 1, 3.0) if options.quick else (2048, 5, 8.0)
     with ExitStack() as resources:
         folder = Path(resources.enter_context(tempfile.TemporaryDirectory()))
         store = resources.enter_context(ObjectStore(folder / "store", buckets=("bench",)))
         os.environ.update(store.environment)
-        places = prepare(folder, store, per_shard=64 if options.quick else 512)
+        places = prepare(folder, store, per_shard=32 if options.quick else 512)
         results = {"machine": describe(), "batch": BATCH, "pictures": pictures}
-        results |= compare(places, pictures, rounds)
-        results |= apart(training, places, 6 if options.quick else 30)
+        results |= compare(places, pictures, rounds, longest_s)
+        results |= apart(training, places, 3 if options.quick else 30)
         results |= apart(thirty_million, folder)
         results |= apart(memory_over_epochs, places)
         results |= neighbours()
@@ -86,7 +83,7 @@ def main() -> int:
     return 0
 
 
-def compare(places: dict[str, str], pictures: int, rounds: int) -> dict[str, Any]:
+def compare(places: dict[str, str], pictures: int, rounds: int, longest_s: float) -> dict[str, Any]:
     """Images per CPU second of every candidate, and ours beside the best other one and beside decoding alone."""
     candidates: dict[str, Callable[[dict[str, str]], Batches]] = {
         "pacl_scale": ours,
@@ -99,7 +96,7 @@ def compare(places: dict[str, str], pictures: int, rounds: int) -> dict[str, Any
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, open_batches in candidates.items():
-            runs[name].append(apart(timed, open_batches, places, pictures))
+            runs[name].append(apart(timed, open_batches, places, pictures, longest_s))
     per_core = {name: statistics.median(run["per_cpu_s"] for run in found) for name, found in runs.items()}
     wall = {name: statistics.median(run["per_s"] for run in found) for name, found in runs.items()}
     own = ("pacl_scale", "pacl_scale exact", "decode alone")
@@ -139,12 +136,14 @@ def apart(work: Callable[..., Any], *arguments: Any) -> Any:
         child.join()
 
 
-def timed(open_batches: Callable[[dict[str, str]], Batches], places: dict[str, str], pictures: int) -> dict[str, float]:
-    """Images per second and per CPU second of one candidate, after its first batch."""
+def timed(
+    open_batches: Callable[[dict[str, str]], Batches], places: dict[str, str], pictures: int, longest_s: float
+) -> dict[str, float]:
+    """Images per second and per CPU second of one candidate, after its first batch, over at most ``longest_s``."""
     batches = open_batches(places)
     next(batches)
     count, cpu, started = 0, cpu_seconds(), time.perf_counter()
-    while count < pictures and time.perf_counter() - started < LONGEST_RUN_S:
+    while count < pictures and time.perf_counter() - started < longest_s:
         count += len(next(batches))
     seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu
     batches.close()  # type: ignore[attr-defined]
@@ -383,6 +382,26 @@ def clients(endpoint: str) -> list[dict[str, Any]]:
         }
         bucket = S3Store("bench", **options, **credentials)
         gets["obstore"] = lambda a, b: obstore.get_range(bucket, "large", start=a, end=b)
+    if importable("boto3"):
+        import boto3
+
+        three = boto3.client("s3", config=Config(max_pool_connections=8))
+        gets["boto3"] = lambda a, b: three.get_object(Bucket="bench", Key="large", Range=f"bytes={a}-{b - 1}")[
+            "Body"
+        ].read()
+    if importable("s3torchconnector"):
+        from s3torchconnector import S3ReaderConstructor
+        from s3torchconnector._s3client import S3Client
+
+        torch_client = S3Client("us-east-1", endpoint=endpoint)
+        ranged = S3ReaderConstructor.range_based(buffer_size=0)
+
+        def torch_get(a: int, b: int) -> Any:
+            with torch_client.get_object("bench", "large", reader_constructor=ranged) as reader:
+                reader.seek(a)
+                return reader.read(b - a)
+
+        gets["s3torchconnector"] = torch_get
     rows = []
     for size, count in ((64 << 10, 200), (1 << 20, 100), (4 << 20, 50)):
         starts = np.random.default_rng(0).integers(0, (64 << 20) - size, count).tolist()

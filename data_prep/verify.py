@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from data_prep import layout
 from pacl_scale import storage
-from pacl_scale.data.index import DamagedTar, TarMember, read_members, split_name
+from pacl_scale.data.tar import DamagedTar, TarMember, read_members, split_name
 from pacl_scale.errors import UserError
 from pacl_scale.log import get_logger, progress
 

@@ -1,8 +1,9 @@
-"""Encode every picture once and keep its patch tokens: ``python -m pacl_scale.cache data.root=... output=...``.
+"""Encode every picture and text once: ``python -m pacl_scale.cache data.root=... output=...``.
 
-The frozen vision tower is most of the cost of a training step; without augmentation it computes the same tokens every
-epoch. This writes them, as int8 with a scale a token or as bfloat16, in tars with an index like those of the
-pictures; training reads either. The texts are copied, so that the result stands alone.
+The frozen towers are most of the cost of a training step; without augmentation they compute the same every epoch. This
+writes the patch tokens of every picture, as int8 with a scale a token or as bfloat16, and the vectors of every text
+that training can draw for it, in tars with an index like those of the pictures; training reads either. The texts are
+copied, so that the result stands alone.
 
 The samples are cut, in index order, into shards of ``shard_samples``; rank r of R computes every R-th of them. A shard
 appears only when it is complete, so a second start goes on with those that are missing, with any number of ranks.
@@ -13,17 +14,20 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import webdataset
 
 from pacl_scale import config, distributed, log, storage
+from pacl_scale.data.batch import PairBatch
+from pacl_scale.data.captions import PictureTexts, possible_texts
 from pacl_scale.data.features import FeatureFormat
 from pacl_scale.data.index import INDEX_NAME, SampleIndex, build_index, list_shards
-from pacl_scale.data.stream import DataConfig, PairBatch, PairStream
+from pacl_scale.data.stream import DataConfig, PairStream
+from pacl_scale.data.vectors import VectorFormat
 from pacl_scale.distributed import DistributedConfig, World
-from pacl_scale.encoders import VisionConfig, VisionEncoder, build_vision
+from pacl_scale.encoders import TextEncoder, TextEncoderConfig, VisionConfig, VisionEncoder, build_text, build_vision
 from pacl_scale.errors import UserError, run_command
 
 MODULE = "pacl_scale.cache"
@@ -35,7 +39,7 @@ logger = log.get_logger(MODULE)
 
 @dataclass
 class CacheConfig:
-    """Encode every picture of a data set once and keep its patch tokens."""
+    """Encode every picture and text of a data set once and keep the patch tokens and text vectors."""
 
     output: str = ""
     """Path or URL of the folder of tars and index to write."""
@@ -46,14 +50,21 @@ class CacheConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     """The frozen vision tower."""
 
+    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    """The frozen text tower."""
+
+    text_vectors: bool = True
+    """Also keep the vectors of every caption and noun prompt of each picture, as float16: 2 bytes x channels x
+    (captions + 7 x nouns) a picture. Training then needs no text tower."""
+
     dtype: Literal["int8", "bfloat16"] = "int8"
     """How tokens are kept: int8 with one float16 scale a token, or bfloat16 at twice the size."""
 
     precision: Literal["bf16", "fp32"] = "bf16"
-    """What the tower computes in."""
+    """What the towers compute in."""
 
     batch_size: int = 64
-    """Pictures the tower encodes at a time, on each rank."""
+    """Pictures the vision tower encodes at a time, on each rank."""
 
     shard_samples: int = 1024
     """Pictures of one tar; a multiple of batch_size. A tar is put together in memory (100 to 200 KB a picture)."""
@@ -85,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def cache(settings: CacheConfig, world: World) -> SampleIndex | None:
-    """Write the data set of patch tokens; the main rank returns its index. Collective.
+    """Write the data set of patch tokens and text vectors; the main rank returns its index. Collective.
 
     Raises:
         UserError: nothing to read or nowhere to write, or the output holds something else.
@@ -100,8 +111,10 @@ def cache(settings: CacheConfig, world: World) -> SampleIndex | None:
         precision = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         vision = build_vision(settings.vision, world.device, precision)
         stream.prepare_pictures_for(vision.preprocess)
-        tokens = probe_format(vision, settings.dtype)
-        claim_output(settings, tokens, len(stream), world)
+        text = build_text(settings.text, world.device, precision) if settings.text_vectors else None
+        kept = vector_format(settings.text, text) if text else None
+        layout = Layout(probe_format(vision, settings.dtype), kept)
+        claim_output(settings, layout, len(stream), world)
         shards = -(-len(stream) // settings.shard_samples)
         names = [f"{number:05d}.tar" for number in range(shards)]
         present = set(list_shards(settings.output))
@@ -109,16 +122,34 @@ def cache(settings: CacheConfig, world: World) -> SampleIndex | None:
         for number in log.progress(missing, "cache", unit="shard"):
             start = number * settings.shard_samples
             stop = min(start + settings.shard_samples, len(stream))
-            content = write_shard(stream, start, stop, vision, tokens, world.device)
+            content = write_shard(stream, start, stop, vision, text, layout, world.device)
             storage.write_bytes(storage.join(settings.output, names[number]), content)
         skipped = sum(stream.skipped.values())
     if world.size > 1:
         torch.distributed.barrier()
     if not world.is_main:
         return None
-    index = build_index(settings.output, names, kind="features", extra=tokens.to_dict())
+    index = build_index(settings.output, names, kind="features", extra=layout.to_dict())
     logger.info("cached", output=settings.output, pictures=len(index), shards=shards, skipped_here=skipped)
     return index
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is kept of a sample, and how."""
+
+    tokens: FeatureFormat
+    vectors: VectorFormat | None
+    """None keeps no text vectors."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the ``extra`` of an index."""
+        return self.tokens.to_dict() | (self.vectors.to_dict() if self.vectors else {})
+
+
+def vector_format(config: TextEncoderConfig, text: TextEncoder) -> VectorFormat:
+    """How this tower's vectors will be kept."""
+    return VectorFormat(text.width, text.fingerprint(), config.named)
 
 
 def probe_format(vision: VisionEncoder, dtype: str) -> FeatureFormat:
@@ -128,11 +159,11 @@ def probe_format(vision: VisionEncoder, dtype: str) -> FeatureFormat:
     return FeatureFormat(tokens_BTD.shape[1], tokens_BTD.shape[2], grid, dtype, vision.fingerprint())
 
 
-def claim_output(settings: CacheConfig, tokens: FeatureFormat, samples: int, world: World) -> None:
+def claim_output(settings: CacheConfig, layout: Layout, samples: int, world: World) -> None:
     """Write what the output is to hold, or make sure that it is what an earlier start wrote there."""
     url = storage.join(settings.output, PLAN_NAME)
     plan = {"source": settings.data.root, "samples": samples, "shard_samples": settings.shard_samples}
-    plan |= tokens.to_dict()
+    plan |= layout.to_dict()
     if world.is_main and not storage.exists(url):
         if storage.exists(storage.join(settings.output, INDEX_NAME)):
             raise UserError(f"{settings.output} holds another data set; choose another output")
@@ -149,9 +180,15 @@ def claim_output(settings: CacheConfig, tokens: FeatureFormat, samples: int, wor
 
 
 def write_shard(
-    stream: PairStream, start: int, stop: int, vision: VisionEncoder, tokens: FeatureFormat, device: torch.device
+    stream: PairStream,
+    start: int,
+    stop: int,
+    vision: VisionEncoder,
+    text: TextEncoder | None,
+    layout: Layout,
+    device: torch.device,
 ) -> bytes:
-    """A tar of the patch tokens and texts of the samples ``start`` to ``stop``."""
+    """A tar of the patch tokens, texts and text vectors of the samples ``start`` to ``stop``."""
     content = io.BytesIO()
     with webdataset.TarWriter(content, encoder=False, mtime=0) as tar:
         for batch in stream.span(start, stop):
@@ -159,9 +196,21 @@ def write_shard(
                 continue
             assert batch.images is not None
             tokens_BTD = vision.encode(batch.images.to(device, non_blocking=True)).tokens
-            for row, members in enumerate(tokens.pack(tokens_BTD)):
-                tar.write({"__key__": batch.keys[row], **text_members(batch, row), **members})
+            vectors = vector_members(batch, text, layout.vectors)
+            for row, members in enumerate(layout.tokens.pack(tokens_BTD)):
+                tar.write({"__key__": batch.keys[row], **text_members(batch, row), **members, **vectors[row]})
     return content.getvalue()
+
+
+def vector_members(batch: PairBatch, text: TextEncoder | None, vectors: VectorFormat | None) -> list[dict[str, bytes]]:
+    """The member that holds the vectors of each picture's texts; nothing where none are kept."""
+    if text is None or vectors is None:
+        return [{} for _ in batch.keys]
+    pairs = zip(batch.captions, batch.nouns, strict=True)
+    texts = [possible_texts(PictureTexts(captions, nouns)) for captions, nouns in pairs]
+    # All at once, so that full batches of one length are common.
+    all_ND = text.encode([one for each in texts for one in each])
+    return [vectors.pack(part_ND) for part_ND in all_ND.split([len(each) for each in texts])]
 
 
 def text_members(batch: PairBatch, row: int) -> dict[str, bytes]:

@@ -22,21 +22,24 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 def build_parser(
-    config_class: type[Config], prog: str, positionals: Sequence[tuple[str, dict[str, Any]]] = ()
+    config_class: type[Config],
+    prog: str,
+    positionals: Sequence[tuple[str, dict[str, Any]]] = (),
+    file_option: str = "--config",
 ) -> ArgumentParser:
     """The parser of one command: ``--help`` lists every key of ``config_class`` with its docstring and default."""
     words = "".join(f" {name.upper()}{'...' if options.get('nargs') else ''}" for name, options in positionals)
     parser = ArgumentParser(
         prog=prog,
         # The generated usage would list every key before the list of every key.
-        usage=f"%(prog)s{words} [--config FILE] [--key VALUE | key=VALUE ...]",
+        usage=f"%(prog)s{words} [{file_option} FILE] [--key VALUE | key=VALUE ...]",
         description=(config_class.__doc__ or "").strip(),
         exit_on_error=False,
         print_config="--print-config",
         allow_abbrev=False,
         default_env=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file of differences from the defaults.")
+    parser.add_argument(file_option, action="config", help="YAML file of differences from the defaults.")
     for name, options in positionals:
         parser.add_argument(name, **options)
     parser.add_class_arguments(config_class)
@@ -48,6 +51,7 @@ def parse(
     argv: Sequence[str] | None,
     prog: str,
     positionals: Sequence[tuple[str, dict[str, Any]]] = (),
+    file_option: str = "--config",
 ) -> Any:
     """Parse ``argv`` into a ``config_class``.
 
@@ -56,6 +60,7 @@ def parse(
         argv: the words after the command's name; ``None`` takes them from ``sys.argv``.
         prog: the command's name as the user types it.
         positionals: extra positional arguments, each a name and the keywords of ``add_argument``.
+        file_option: the option that names a YAML file, for a command that hands ``--config`` on to another.
 
     Returns:
         The configuration; with ``positionals``, a tuple of it and a ``{name: value}`` dictionary.
@@ -67,7 +72,7 @@ def parse(
     import sys
 
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = build_parser(config_class, prog, positionals)
+    parser = build_parser(config_class, prog, positionals, file_option)
     try:
         namespace = parser.parse_args([_as_option(word) for word in words])
         extras = {name: getattr(namespace, name) for name, _ in positionals}

@@ -1,15 +1,18 @@
 """Processes: who am I, how do we start several of us here, and the few collectives that more than one room needs.
 
-A command runs as one process per GPU (or per CPU rank). Under a launcher (torchrun, Slurm through submitit) the
-usual ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` are set and obeyed. Started by
-hand with ``ranks > 1``, a command starts that many copies of itself on this machine.
+A command runs as one process per GPU (or per CPU rank). Under a launcher such as torchrun the usual ``RANK``,
+``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` are set and obeyed. Started by Slurm's ``srun`` as
+several tasks, they are read from Slurm's own variables. Started by hand with ``ranks > 1``, a command starts that
+many copies of itself on this machine.
 """
 
 import logging
 import os
+import re
 import socket
+import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -65,7 +68,64 @@ class World:
 
 def needs_launch(config: DistributedConfig) -> bool:
     """Whether this process should start ``config.ranks`` copies of itself instead of working."""
+    adopt_slurm()
     return config.ranks > 1 and "WORLD_SIZE" not in os.environ
+
+
+def adopt_slurm() -> None:
+    """Set the launcher's variables from Slurm's, where ``srun`` started this process as one of several tasks.
+
+    Does nothing outside a job step, in a step of one task, or where a launcher has set them already.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        os.environ |= slurm_ranks(os.environ)
+
+
+def slurm_ranks(variables: Mapping[str, str]) -> dict[str, str]:
+    """The launcher's variables for one task of a Slurm job step; empty where there is no step or one task.
+
+    A batch script has no step, so what it starts without ``srun`` is one process among none.
+
+    Raises:
+        UserError: the first host of the step cannot be found out.
+    """
+    tasks = int(variables.get("SLURM_NTASKS", "1"))
+    if "SLURM_STEP_ID" not in variables or "SLURM_PROCID" not in variables or tasks < 2:
+        return {}
+    per_node = tasks_per_node(variables.get("SLURM_STEP_TASKS_PER_NODE") or variables["SLURM_TASKS_PER_NODE"])
+    found = {
+        "RANK": variables["SLURM_PROCID"],
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_RANK": variables["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(per_node[int(variables.get("SLURM_NODEID", "0"))]),
+    }
+    if "MASTER_ADDR" not in variables:
+        found["MASTER_ADDR"] = _first_host(variables.get("SLURM_STEP_NODELIST") or variables["SLURM_JOB_NODELIST"])
+    if "MASTER_PORT" not in variables:
+        # All tasks of a step agree on it, and another step, job or attempt on the same host takes another one.
+        numbers = [int(variables.get(f"SLURM_{name}", "0")) for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID")]
+        found["MASTER_PORT"] = str(
+            20000 + sum(n * stride for n, stride in zip(numbers, (31, 7, 1), strict=True)) % 10000
+        )
+    return found
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """Slurm's short form of a list of numbers, as in ``4(x2),3``, written out."""
+    counts: list[int] = []
+    for number, repeats in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(number)] * int(repeats or 1)
+    return counts
+
+
+def _first_host(hosts: str) -> str:
+    try:
+        done = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"the first host of {hosts} is not known ({error}); set MASTER_ADDR to it") from error
+    if done.returncode or not done.stdout.split():
+        raise UserError(f"the first host of {hosts} is not known ({done.stderr.strip()}); set MASTER_ADDR to it")
+    return done.stdout.split()[0]
 
 
 def launch(config: DistributedConfig, module: str, argv: Sequence[str]) -> int:
@@ -106,6 +166,7 @@ def joined(config: DistributedConfig) -> Iterator[World]:
     Raises:
         UserError: CUDA was asked for and there is none.
     """
+    adopt_slurm()
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -114,8 +114,7 @@ class Progress:
 
 def set_collective_timeout(minutes: float) -> None:
     """How long collectives may take from now on, in all ranks of the default group."""
-    # torch has no public call for a group that exists.
-    dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), dist.group.WORLD)
+    dist.set_timeout(timedelta(minutes=minutes))
 
 
 def _of_a_collective(error: RuntimeError) -> bool:

@@ -24,7 +24,8 @@ from pacl_scale import config, storage
 from pacl_scale.errors import UserError, run_command
 from pacl_scale.evaluate import overlay
 from pacl_scale.evaluate.command import columns
-from pacl_scale.evaluate.examples import TRUTH, UNLABELLED, folder_of
+from pacl_scale.evaluate.examples import TRUTH, folder_of
+from pacl_scale.evaluate.masks import UNLABELLED
 from pacl_scale.evaluate.methods import MAJORITY, PACL, PATCH_ORACLE, UNTRAINED
 from pacl_scale.evaluate.rows import Row, read_rows
 from pacl_scale.metrics import read_metrics
@@ -56,6 +57,16 @@ MEANINGS = {
     "by much.",
 }
 PEEKING = (MAJORITY, PATCH_ORACLE)
+INTERVAL_OF = {
+    "mIoU": "miou",
+    "pixel accuracy": "pixel_accuracy",
+    "class accuracy": "mean_class_accuracy",
+    "mIoU per picture": "miou_per_picture",
+}
+"""Column to the score whose bootstrap interval stands below its figure."""
+
+CONFUSIONS_SHOWN = 8
+
 ORDER = (PACL, MEAN_POOLED, UNTRAINED)
 
 RANK_TITLES = {"best": "Best", "median": "Middling", "worst": "Worst"}
@@ -201,7 +212,11 @@ def _table(rows: Sequence[Row]) -> dict[str, Any]:
             "peeks": row.method in PEEKING,
             "note": f"“{row.checkpoint['answer']}” everywhere" if "answer" in row.checkpoint else "",
             "cells": [
-                {"value": value, "best": row.method not in PEEKING and value is not None and value == best[heading]}
+                {
+                    "value": value,
+                    "best": row.method not in PEEKING and value is not None and value == best[heading],
+                    "interval": row.scores.get("intervals", {}).get(INTERVAL_OF.get(heading)),
+                }
                 for heading, value in columns(row).items()
             ],
         }
@@ -225,9 +240,24 @@ def _segmentation(run: str, rows: Sequence[Row]) -> dict[str, Any]:
             {"name": name.replace("_", " "), "classes": group["classes"], "words": _asked(group)}
             for name, group in first.scores["groups"].items()
         ],
+        "confusions": _confusions(first),
         "classes_bars": _class_bars([row for row in rows if row.method not in PEEKING]),
         "examples": _examples(folder_of(run, first.data_set, first.protocol["name"])),
     }
+
+
+def _confusions(row: Row) -> list[dict[str, Any]]:
+    """The largest errors of a row: a true word, what was answered instead, and the share of the word's pixels."""
+    counts_CC = np.array(row.confusion, np.int64)
+    words = [entry["word"] for entry in row.scores["per_class"]]
+    wrong_CC = counts_CC - np.diag(np.diag(counts_CC))
+    order = np.argsort(-wrong_CC, axis=None, kind="stable")[:CONFUSIONS_SHOWN]
+    pairs = [divmod(int(place), len(words)) for place in order]
+    return [
+        {"true": words[t], "said": words[p], "share": float(wrong_CC[t, p] / counts_CC[t].sum())}
+        for t, p in pairs
+        if wrong_CC[t, p]
+    ]
 
 
 def _asked(group: Mapping[str, Any]) -> list[str]:

@@ -1,12 +1,13 @@
-"""One picture and some words in, masks out: ``python -m pacl_scale.segment photo.jpg dog sofa``.
+"""Pictures and some words in, masks out: ``python -m pacl_scale.segment photo.jpg dog sofa``.
 
 Every pixel goes to the word whose text vector is nearest to the embedded patches around it.
 """
 
 import io
+import json
 import posixpath
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,10 +17,12 @@ from PIL import Image, ImageOps
 
 from pacl_scale import config, log, storage
 from pacl_scale.errors import UserError, run_command
-from pacl_scale.evaluate import overlay
+from pacl_scale.evaluate import overlay, places
+from pacl_scale.evaluate.labels import best_class
+from pacl_scale.evaluate.masks import UNLABELLED, index_png, run_lengths
 from pacl_scale.evaluate.methods import PACL, Method, Towers, choose_device, load_methods
-from pacl_scale.evaluate.pictures import read_picture
-from pacl_scale.evaluate.protocol import Protocol, as_input, best_class, class_vectors, patch_scores
+from pacl_scale.evaluate.pictures import PICTURE_SUFFIXES, read_picture
+from pacl_scale.evaluate.protocol import Protocol, as_input, class_vectors, patch_scores
 
 PROG = "python -m pacl_scale.segment"
 MAX_SIDE = 1600
@@ -36,7 +39,15 @@ class SegmentConfig:
     """Run directory or checkpoint."""
 
     output: str | None = None
-    """PNG to write; not given, `<picture>.segmented.png` in the current directory."""
+    """PNG to write; not given, `<picture>.segmented.png` in the current directory. Of a folder of pictures: the folder
+    for all results; not given, the current directory."""
+
+    words_file: str | None = None
+    """File of words, one a line, that are looked for after those on the command line."""
+
+    masks: bool = False
+    """Also write, beside the overlay, `.mask.png` (values are positions in the list of words, 255 is none of them) and
+    `.json` (words, shares, and each word's mask as COCO's uncompressed RLE)."""
 
     background: list[str] = field(default_factory=list)
     """Words for everything else, e.g. `[sky, grass]`: they compete for pixels but get no colour."""
@@ -72,16 +83,43 @@ class SegmentConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """The verb ``segment``. Returns 0; raises :class:`pacl_scale.errors.UserError` for a user's mistake."""
     positionals: list[tuple[str, dict[str, Any]]] = [
-        ("picture", {"help": "Path or URL of a picture."}),
-        ("words", {"nargs": "+", "metavar": "word", "help": "What to look for; quote phrases: 'red car'."}),
+        ("picture", {"help": "Path or URL of a picture, or of a folder of pictures."}),
+        ("words", {"nargs": "*", "metavar": "word", "help": "What to look for; quote phrases: 'red car'."}),
     ]
     settings, given = config.parse(SegmentConfig, argv, PROG, positionals)
     log.configure()
-    output, shares = segment_file(settings, given["picture"], given["words"])
-    for word, share in shares.items():
-        print(f"{100 * share:5.1f} %  {word}")
-    print(output)
+    words = [*given["words"], *_words_of(settings.words_file)]
+    if not words:
+        raise UserError(f"name at least one word to look for, or a words_file ({PROG} --help)")
+    for output, shares in segment_files(settings, given["picture"], words):
+        for word, share in shares.items():
+            print(f"{100 * share:5.1f} %  {word}")
+        print(output)
     return 0
+
+
+def segment_files(
+    settings: SegmentConfig, address: str, words: Sequence[str]
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Segment one picture, or every picture of a folder in the order of names; see :func:`segment_file`.
+
+    Raises:
+        UserError: as :func:`segment_file`; or a folder without a picture, or with two pictures of one stem.
+    """
+    if not places.is_folder(address):
+        yield segment_file(settings, address, words)
+        return
+    names = [name for name in places.names(address) if "/" not in name and name.lower().endswith(PICTURE_SUFFIXES)]
+    stems = [posixpath.splitext(name)[0] for name in names]
+    if not names:
+        raise UserError(f"{address} has no picture")
+    if len(set(stems)) < len(stems):
+        raise UserError(f"{address} has two pictures of one name, whose results would have one name too")
+    asked = _asked(settings, words)
+    loaded = _load(settings)
+    for name, stem in zip(names, stems, strict=True):
+        output = storage.join(settings.output or ".", f"{stem}.segmented.png")
+        yield _segment_one(settings, storage.join(address, name), words, asked, output, loaded)
 
 
 def segment_file(settings: SegmentConfig, address: str, words: Sequence[str]) -> tuple[str, dict[str, float]]:
@@ -94,14 +132,50 @@ def segment_file(settings: SegmentConfig, address: str, words: Sequence[str]) ->
     Raises:
         UserError: no such file, not a picture, no checkpoint, an empty or repeated word.
     """
-    words = [word.strip() for word in words]
-    asked = [*words, *settings.background]
+    asked = _asked(settings, words)
+    read_picture(address)
+    stem = posixpath.splitext(posixpath.basename(address))[0]
+    output = settings.output or f"{stem}.segmented.png"
+    return _segment_one(settings, address, words, asked, output, _load(settings))
+
+
+def _asked(settings: SegmentConfig, words: Sequence[str]) -> list[str]:
+    asked = [word.strip() for word in [*words, *settings.background]]
     if not all(asked) or len(set(asked)) < len(asked):
         raise UserError("words must not be empty, and each may be named once")
-    picture = upright(read_picture(address))
+    if settings.masks and len(asked) > UNLABELLED:
+        raise UserError(f"a mask PNG holds at most {UNLABELLED} words")
+    return asked
+
+
+def _words_of(address: str | None) -> list[str]:
+    if address is None:
+        return []
+    try:
+        lines = storage.read_bytes(address).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{address} is no text in UTF-8") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _load(settings: SegmentConfig) -> tuple[Towers, Method]:
     device = choose_device(settings.device)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     towers, (method,) = load_methods({PACL: settings.checkpoint}, None, device, dtype)
+    return towers, method
+
+
+def _segment_one(
+    settings: SegmentConfig,
+    address: str,
+    words: Sequence[str],
+    asked: Sequence[str],
+    output: str,
+    loaded: tuple[Towers, Method],
+) -> tuple[str, dict[str, float]]:
+    towers, method = loaded
+    words = asked[: len(words)]
+    picture = upright(read_picture(address))
     if len(asked) == 1 and settings.threshold is None:
         logger.warning("one word alone gets every pixel; add words, --background or --threshold", word=asked[0])
 
@@ -110,11 +184,18 @@ def segment_file(settings: SegmentConfig, address: str, words: Sequence[str]) ->
     labels_HW[labels_HW >= len(words)] = overlay.NOTHING
     shares = {word: float((labels_HW == number).mean()) for number, word in enumerate(words)}
     drawn = draw(picture, labels_HW, words, shares, settings.opacity)
-    stem = posixpath.splitext(posixpath.basename(address))[0]
-    output = settings.output or f"{stem}.segmented.png"
     buffer = io.BytesIO()
     drawn.save(buffer, "PNG")
     storage.write_bytes(output, buffer.getvalue())
+    if settings.masks:
+        stem = output.removesuffix(".png")
+        storage.write_bytes(f"{stem}.mask.png", index_png(labels_HW, overlay.colours(len(words))))
+        found = [
+            {"word": word, "share": shares[word], "rle": run_lengths(labels_HW == number)}
+            for number, word in enumerate(words)
+        ]
+        content = {"picture": address, "height": picture.height, "width": picture.width, "words": found}
+        storage.write_bytes(f"{stem}.json", (json.dumps(content) + "\n").encode())
 
     ordered = dict(sorted(shares.items(), key=lambda item: -item[1]))
     rest = float((labels_HW == overlay.NOTHING).mean())

@@ -9,6 +9,7 @@ backends hold neither; ``kernels/README.md`` derives how.
 """
 
 import importlib.util
+import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -67,6 +68,26 @@ def patch_text_similarity(
     # The patches' type says in which to multiply; autocast would have another opinion.
     with torch.autocast(patches.device.type, enabled=False):
         return pool(patches, units, scale, pooling, patch_mask)
+
+
+@torch.no_grad()
+def attention_entropy(patches: Tensor, texts: Tensor, attention_scale: float) -> float:
+    """How spread the attention of each picture to its own text is, 0 (one patch) to 1 (all patches alike).
+
+    Args:
+        patches: (B, T, D) patch vectors.
+        texts: (B, D) text vectors, one a picture.
+        attention_scale: k of :func:`patch_text_similarity`.
+
+    Returns:
+        Mean over pictures of the entropy of the softmax over patches, as a share of log T; 0 for a single patch.
+    """
+    if patches.shape[1] == 1:
+        return 0.0
+    units, texts = functional.normalize(patches.float(), dim=-1), functional.normalize(texts.float(), dim=-1)
+    log_attention = torch.log_softmax(attention_scale * torch.einsum("btd,bd->bt", units, texts), dim=1)
+    entropy = -(log_attention.exp() * log_attention).sum(1).mean()
+    return float(entropy) / math.log(patches.shape[1])
 
 
 def _check(patches: Tensor, texts: Tensor, pooling: str, mask: Tensor | None) -> None:

@@ -11,9 +11,8 @@ Shapes: b pictures on this rank, B in the global batch, T patches, Din / D width
 """
 
 import json
-import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,27 +20,25 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from pacl_scale import checkpoint, config, distributed, engine, health, log, metrics, signals
 from pacl_scale.checkpoint import CheckpointConfig
-from pacl_scale.data.stream import DataConfig, PairBatch, PairStream
+from pacl_scale.data.stream import DataConfig, PairStream
 from pacl_scale.distributed import DistributedConfig, World
 from pacl_scale.embedder import EmbedderConfig
 from pacl_scale.encoders import (
-    TextEncoder,
     TextEncoderConfig,
     VisionConfig,
-    VisionEncoder,
     build_text,
     build_vision,
 )
 from pacl_scale.engine import EngineConfig
-from pacl_scale.errors import EXIT_REQUEUE, RunFailed, UserError, run_command
+from pacl_scale.errors import EXIT_REQUEUE, UserError, run_command
 from pacl_scale.loss import LossConfig, PACLLoss
 from pacl_scale.model import PACLModel, build_embedder
 from pacl_scale.optim import OptimConfig, learning_rate
 from pacl_scale.signals import StopRequest
+from pacl_scale.step import encode, gradient_norm, train_step
 
 MODULE = "pacl_scale.train"
 logger = log.get_logger(MODULE)
@@ -144,8 +141,14 @@ def train(settings: TrainConfig, world: World, stop: StopRequest | None = None) 
     run = Path(settings.run)
     with ExitStack() as resources:
         resume_from = open_run(settings, run, world)
-        text = build_text(settings.text, world.device, settings.engine.dtype)
         stream = resources.enter_context(PairStream(settings.data, settings.seed, settings.global_batch_size, world))
+        text = None
+        if stream.vectors:
+            stream.vectors.check_tower(settings.text.named)
+            width_out, vectors_of = stream.vectors.width, stream.vectors.tower
+        else:
+            text = build_text(settings.text, world.device, settings.engine.dtype)
+            width_out, vectors_of = text.width, text.fingerprint()
         vision = None
         if stream.features:
             width_in, tokens_of = stream.width, stream.features.vision
@@ -156,12 +159,12 @@ def train(settings: TrainConfig, world: World, stop: StopRequest | None = None) 
         # What the embedder is made for; an evaluation refuses other towers.
         made_for = {
             "width_in": width_in,
-            "width_out": text.width,
-            "towers": {"vision": tokens_of, "text": text.fingerprint()},
+            "width_out": width_out,
+            "towers": {"vision": tokens_of, "text": vectors_of},
         }
 
         torch.manual_seed(settings.seed)
-        model = PACLModel(build_embedder(settings.embedder, width_in, text.width), settings.loss).to(world.device)
+        model = PACLModel(build_embedder(settings.embedder, width_in, width_out), settings.loss).to(world.device)
         micro_batch_size = settings.global_batch_size // world.size // accumulation
         trainer = engine.start(settings.engine, settings.optim, model, world, micro_batch_size, accumulation)
         loss_of = PACLLoss(settings.loss)
@@ -192,15 +195,17 @@ def train(settings: TrainConfig, world: World, stop: StopRequest | None = None) 
                 progress.doing = "encoding"
                 micro_batches = list(encode(batch, vision, text, world.device, micro_batch_size))
                 progress.doing = "computing the loss and its gradient"
-                loss, scale, updated = train_step(trainer, loss_of, micro_batches)
-            if updated:
+                logged = step % settings.log_every == 0 or step in (1, settings.steps)
+                result = train_step(trainer, loss_of, micro_batches, measure=logged and world.is_main)
+            if result.updated:
                 updates += 1
                 bad_steps.good()
             else:
                 tokens, texts = (torch.cat([getattr(m, part) for m in micro_batches]) for part in ("tokens", "texts"))
-                bad_steps.bad(step, loss, batch.keys, tokens, texts)
-            if lines and (step % settings.log_every == 0 or step in (1, settings.steps)):
-                values: dict[str, Any] = {"step": step, "loss": loss, "lr": lr, "logit_scale": scale}
+                bad_steps.bad(step, result.loss, batch.keys, tokens, texts)
+            if lines and logged:
+                values: dict[str, Any] = {"step": step, "loss": result.loss, "lr": lr}
+                values |= {"logit_scale": result.logit_scale, "attention_entropy": result.attention_entropy}
                 values |= {"grad_norm": gradient_norm(trainer), "position": batch.position_after}
                 values |= clock.read(settings.global_batch_size) | {"skipped": sum(stream.skipped.values())}
                 values |= {"bad_steps": bad_steps.count}
@@ -218,6 +223,9 @@ def train(settings: TrainConfig, world: World, stop: StopRequest | None = None) 
                     writer.save(step, state, info | {"revision": metrics.revision(), **made_for})
             if agreed.stop and not done:
                 writer.wait()
+                # A launcher ends what is left soon after the first rank: nobody leaves before the write is done.
+                if world.size > 1:
+                    torch.distributed.barrier()
                 logger.info("stopped", why=stop.name if stop else "another rank was asked to", step=step)
                 return False
             if step == first_step:
@@ -275,106 +283,6 @@ def refuse_changes(old: dict[str, Any], new: dict[str, Any], run: Path) -> None:
     if forbidden:
         said = "; ".join(f"{key} was {before!r}, is {after!r}" for key, (before, after) in forbidden.items())
         raise UserError(f"{run} was trained with other settings ({said}); choose another run directory")
-
-
-@dataclass
-class MicroBatch:
-    """What one forward pass on this rank needs, on its device."""
-
-    tokens: Tensor
-    """(b, T, Din) frozen patch tokens in the compute dtype."""
-    texts: Tensor
-    """(b, D) float32 text vectors."""
-    text_ids: Tensor
-    """(b,) int64."""
-    image_text_ids: Tensor
-    """(b, K) int64, padded with -1."""
-
-
-def encode(
-    batch: PairBatch, vision: VisionEncoder | None, text: TextEncoder, device: torch.device, size: int
-) -> Iterator[MicroBatch]:
-    """Run the frozen towers over this rank's share of a global batch, ``size`` pictures at a time."""
-    texts = text.encode(batch.texts)
-    for start in range(0, len(batch.texts), size):
-        part = slice(start, start + size)
-        if vision is None:
-            assert batch.patches is not None
-            tokens = batch.patches[part].to(device, non_blocking=True)
-        else:
-            assert batch.images is not None
-            tokens = vision.encode(batch.images[part].to(device, non_blocking=True)).tokens
-            tokens = batch.sampled(tokens, part)
-        ids, image_ids = batch.text_ids[part].to(device), batch.image_text_ids[part].to(device)
-        yield MicroBatch(tokens, texts[part].to(device), ids, image_ids)
-
-
-def train_step(trainer: Any, loss_of: PACLLoss, micro_batches: list[MicroBatch]) -> tuple[float, float, bool]:
-    """One optimizer step on the global batch; returns its loss, the logit scale, and whether weights were updated.
-
-    They are not where the loss is not finite, which all ranks see alike, or where the engine refused the gradient.
-
-    With several micro-batches the negatives are still the whole global batch. The gradient of the loss with
-    respect to every similarity is taken once, from similarities computed without a graph; then each micro-batch
-    is embedded again and that gradient is carried through its own graph. Frozen towers run once either way.
-    """
-    texts = loss_of.gather(
-        torch.cat([micro.texts for micro in micro_batches]), torch.cat([micro.text_ids for micro in micro_batches])
-    )
-    image_text_ids = torch.cat([micro.image_text_ids for micro in micro_batches])
-
-    if len(micro_batches) == 1:
-        patches, scale = trainer(micro_batches[0].tokens)
-        phi = loss_of.similarity(patches, texts)
-        loss = loss_of.from_similarity(phi, texts, scale, image_text_ids=image_text_ids)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            return value, float(scale.detach()), False
-        trainer.backward(loss)
-        trainer.step()
-        return value, float(scale.detach()), updated(trainer)
-
-    with torch.no_grad():
-        embedded = [trainer.module(micro.tokens) for micro in micro_batches]
-        phi = torch.cat([loss_of.similarity(patches, texts) for patches, _ in embedded])
-        scale = embedded[0][1]
-    del embedded
-    phi.requires_grad_()
-    scale.requires_grad_()
-    loss = loss_of.from_similarity(phi, texts, scale, image_text_ids=image_text_ids)
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        return value, float(scale.detach()), False
-    phi_grad, scale_grad = torch.autograd.grad(loss, [phi, scale])
-    for micro, share in zip(micro_batches, phi_grad.split([len(m.tokens) for m in micro_batches]), strict=True):
-        patches, micro_scale = trainer(micro.tokens)
-        # Every micro-batch sees the same scale, so its gradient is carried in equal parts.
-        surrogate = (loss_of.similarity(patches, texts) * share).sum()
-        surrogate = surrogate + (micro_scale * scale_grad).sum() / len(micro_batches)
-        # DeepSpeed divides by the number of micro-batches; ours are parts of one sum.
-        trainer.backward(surrogate * len(micro_batches))
-        trainer.step()
-    return value, float(scale.detach()), updated(trainer)
-
-
-def updated(trainer: Any) -> bool:
-    """Whether the last step changed weights.
-
-    Raises:
-        RunFailed: it did, by a gradient that is not finite (in float32, where the engine does not look first).
-    """
-    norm = gradient_norm(trainer)
-    if not trainer.was_step_applied():
-        return False
-    if norm is not None and not math.isfinite(norm):
-        raise RunFailed(f"the gradient's norm is {norm}; start the run again to go on from its newest checkpoint")
-    return True
-
-
-def gradient_norm(trainer: Any) -> float | None:
-    """Norm of the last step's gradient before clipping, as DeepSpeed measured it; ``None`` where it did not."""
-    norm = trainer.get_global_grad_norm()
-    return None if norm is None else float(norm)
 
 
 if __name__ == "__main__":

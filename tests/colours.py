@@ -24,7 +24,7 @@ PATCH = 4
 
 
 class ColourVision:
-    """Patch tokens (B, T, 3) are the mean red, green and blue of each patch, less one half."""
+    """Patch tokens (B, T, 3) are the mean red, green and blue of each patch, less one half; any stride."""
 
     width, patch_size = 3, PATCH
     preprocess = Preprocess(image_size=16, mean=(0.5, 0.5, 0.5), std=(1.0, 1.0, 1.0), interpolation="bilinear")
@@ -34,7 +34,7 @@ class ColourVision:
 
     def encode(self, images_BCHW: Tensor, stride: int | None = None) -> PatchTokens:
         self.pictures_encoded += len(images_BCHW)
-        means_BChw = F.avg_pool2d(images_BCHW, PATCH)
+        means_BChw = F.avg_pool2d(images_BCHW, PATCH, stride or PATCH)
         return PatchTokens(means_BChw.flatten(2).transpose(1, 2), (means_BChw.shape[2], means_BChw.shape[3]))
 
     def fingerprint(self) -> dict[str, Any]:

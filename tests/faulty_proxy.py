@@ -15,7 +15,7 @@ FAULTS = ("500", "503", "reset before", "reset in body", "truncated", "stalled",
 
 
 class FaultyProxy:
-    """Forwards GETs to ``endpoint`` and spoils a share of them; a context manager.
+    """Forwards GETs and HEADs to ``endpoint`` and spoils a share of the GETs; a context manager.
 
     Args:
         endpoint: of the store, as in ``http://127.0.0.1:9000``.
@@ -39,6 +39,9 @@ class FaultyProxy:
 
             def do_GET(self) -> None:
                 proxy.answer(self)
+
+            def do_HEAD(self) -> None:
+                proxy.pass_on(self)
 
             def log_message(self, format: str, *args: object) -> None:
                 pass
@@ -84,6 +87,11 @@ class FaultyProxy:
             self._reset(request)
         request.close_connection = True
 
+    def pass_on(self, request: BaseHTTPRequestHandler) -> None:
+        """Forward one request and leave its answer as it is."""
+        status, headers, body = self._forward(request)
+        self._send(request, status, headers, body)
+
     def _draw(self) -> str | None:
         with self._lock:
             self.requests += 1
@@ -97,12 +105,14 @@ class FaultyProxy:
         # The signature covers the Host header, so it is passed on as it came.
         connection = http.client.HTTPConnection(self._target.hostname or "", self._target.port, timeout=30)
         try:
-            connection.putrequest("GET", request.path, skip_host=True, skip_accept_encoding=True)
+            connection.putrequest(request.command, request.path, skip_host=True, skip_accept_encoding=True)
             for name, value in request.headers.items():
                 connection.putheader(name, value)
             connection.endheaders()
             answer = connection.getresponse()
-            skip = ("connection", "content-length", "transfer-encoding", "date", "server")
+            skip = ["connection", "transfer-encoding", "date", "server"]
+            # The length of an answer without a body is that of the body it would have.
+            skip += [] if request.command == "HEAD" else ["content-length"]
             headers = {name: value for name, value in answer.getheaders() if name.lower() not in skip}
             return answer.status, headers, answer.read()
         finally:
@@ -110,7 +120,7 @@ class FaultyProxy:
 
     def _send(self, request: BaseHTTPRequestHandler, status: int, headers: dict[str, str], body: bytes) -> None:
         request.send_response(status)
-        for name, value in (headers | {"Content-Length": str(len(body))}).items():
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
             request.send_header(name, value)
         request.end_headers()
         request.wfile.write(body)

@@ -1,6 +1,7 @@
 """Cached patch tokens are the encoder's, and a cache is finished by whoever comes next."""
 
-from collections.abc import Iterator
+import tarfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,34 @@ from data_sets import PREPROCESS, picture, sample, write_pairs, write_tar
 
 from pacl_scale import cache as cache_module
 from pacl_scale.cache import CacheConfig, cache, main
+from pacl_scale.data.captions import TextConfig
 from pacl_scale.data.decode import PictureConfig
-from pacl_scale.data.index import build_index
+from pacl_scale.data.index import SampleIndex, build_index
+from pacl_scale.data.reader import ReadConfig
 from pacl_scale.data.stream import DataConfig, PairStream
+from pacl_scale.data.vectors import VectorFormat
 from pacl_scale.distributed import World
+from pacl_scale.encoders import TextEncoderConfig, build_text
 from pacl_scale.encoders.vision import PatchTokens
 from pacl_scale.errors import UserError, run_command
+from pacl_scale.step import encode
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+class Letters:
+    """A text encoder whose vectors are the mean codes of every fourth letter, in four channels."""
+
+    width = 4
+    fails = False
+
+    def encode(self, texts: Sequence[str]) -> torch.Tensor:
+        assert not Letters.fails, "the text tower was asked"
+        rows = [[sum(map(ord, text[n::4])) / len(text) / 100 for n in range(4)] for text in texts]
+        return torch.tensor(rows, dtype=torch.float32)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"source": "letters"}
 
 
 class Squares:
@@ -38,6 +59,7 @@ class Squares:
 def squares(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     Squares.encoded = 0
     monkeypatch.setattr(cache_module, "build_vision", lambda *_: Squares())
+    monkeypatch.setattr(cache_module, "build_text", lambda *_: Letters())
     yield
 
 
@@ -69,6 +91,111 @@ def test_training_reads_what_the_encoder_computes(tmp_path: Path, dtype: Any, to
     assert (features.patches - wanted).abs().max() < tolerance * wanted.abs().max()
 
 
+def test_the_vector_is_that_of_the_drawn_text(tmp_path: Path) -> None:
+    """Captions and noun prompts, over several epochs, one rank or two, and after a resume."""
+    write_pairs(tmp_path / "pairs", [11, 9])
+    cache(settings(tmp_path / "pairs", tmp_path / "out"), ALONE)
+    read = ReadConfig(chunk_samples=4, window_chunks=2)
+    config = DataConfig(root=str(tmp_path / "out"), read=read)
+    seen: set[str] = set()
+    for rank in range(2):
+        with PairStream(config, 3, 10, World(rank, 2, rank, torch.device("cpu"))) as stream:
+            assert stream.vectors is not None
+            assert stream.vectors.tower == {"source": "letters"}
+            for _, batch in zip(range(16), stream, strict=False):
+                assert batch.text_vectors is not None
+                assert torch.equal(batch.text_vectors, Letters().encode(batch.texts).half().float())
+                seen |= {text.split(" ")[0] for text in batch.texts}
+    assert {"caption", "another", "itap", "art"} <= seen
+    with PairStream(config, 3, 10, ordered=True) as stream:
+        batch = next(iter(stream))
+        assert batch.texts == [captions[0] for captions in batch.captions]
+        assert torch.equal(batch.text_vectors, Letters().encode(batch.texts).half().float())  # type: ignore[arg-type]
+    without = DataConfig(root=str(tmp_path / "out"), read=read, text=TextConfig(cached_vectors=False))
+    with PairStream(without, 3, 10) as stream:
+        assert next(iter(stream)).text_vectors is None
+
+
+def test_vectors_that_are_not_one_a_text_are_no_sample(tmp_path: Path) -> None:
+    """A tar whose captions were changed after its texts were encoded."""
+    write_pairs(tmp_path / "pairs", [20])
+    index = cache(settings(tmp_path / "pairs", tmp_path / "out", shard_samples=20), ALONE)
+    assert index is not None
+    with tarfile.open(tmp_path / "out" / "00000.tar") as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    rows: dict[str, dict[str, Any]] = {}
+    for name, content in members.items():
+        key, _, extension = name.partition(".")
+        rows.setdefault(key, {"__key__": key})[extension] = content
+    rows["0000007"]["vectors"] = rows["0000007"]["vectors"][:-2]
+    write_tar(tmp_path / "out" / "00000.tar", list(rows.values()))
+    build_index(str(tmp_path / "out"), kind="features", extra=index.extra)
+    with PairStream(DataConfig(root=str(tmp_path / "out")), 0, 20) as stream:
+        batch = next(iter(stream))
+    assert batch.skipped == {"text vectors of the wrong size": 1}
+    assert "0000007" not in batch.keys
+    assert torch.equal(batch.text_vectors, Letters().encode(batch.texts).half().float())  # type: ignore[arg-type]
+
+
+@pytest.mark.weights
+def test_a_texts_vector_does_not_depend_on_its_company(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real tower, in bfloat16, over other batches and shards: the same bytes."""
+    monkeypatch.setattr(cache_module, "build_text", build_text)
+    write_pairs(tmp_path / "pairs", [5])
+    text = TextEncoderConfig(source="package", model="all-minilm-l6-v2", batch_size=4)
+    found = []
+    for name, batch_size, shard_samples in (("a", 1, 1), ("b", 5, 5)):
+        changes = {"text": text, "batch_size": batch_size, "shard_samples": shard_samples}
+        cache(settings(tmp_path / "pairs", tmp_path / name, **changes), ALONE)
+        with PairStream(DataConfig(root=str(tmp_path / name)), 0, 5, ordered=True) as stream:
+            found.append(next(iter(stream)).text_vectors)
+    assert torch.equal(found[0], found[1])
+    assert found[0].norm(dim=1).sub(1).abs().max() < 0.01
+
+
+def test_training_needs_no_text_tower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What training takes for a batch's texts: the cached vectors where there are some, else the tower's."""
+    write_pairs(tmp_path / "pairs", [20])
+    cache(settings(tmp_path / "pairs", tmp_path / "out"), ALONE)
+    with PairStream(DataConfig(root=str(tmp_path / "out")), 0, 20) as stream:
+        batch = next(iter(stream))
+    (with_tower,) = encode(batch, None, Letters(), torch.device("cpu"), 20)
+    monkeypatch.setattr(Letters, "fails", True)
+    (without,) = encode(batch, None, None, torch.device("cpu"), 20)
+    assert torch.equal(without.texts, with_tower.texts.half().float())
+
+
+def test_vectors_of_another_tower_are_refused(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "pairs", [8])
+    cache(settings(tmp_path / "pairs", tmp_path / "a"), ALONE)
+    cache(settings(tmp_path / "pairs", tmp_path / "b", text_vectors=False), ALONE)
+    index = SampleIndex.load(str(tmp_path / "a"))
+    assert VectorFormat.of(SampleIndex.load(str(tmp_path / "b"))) is None
+    vectors = VectorFormat.of(index)
+    assert vectors is not None
+    vectors.check_tower({"source": "open_clip", "model": "ViT-B-16"})
+    other = TextEncoderConfig(source="huggingface", model="some/folder/bert")
+    with pytest.raises(UserError, match="vectors of open_clip ViT-B-16, but text names huggingface bert; name the"):
+        vectors.check_tower(other.named)
+    mixed = {str(tmp_path / "a"): 1.0, str(tmp_path / "b"): 1.0}
+    with pytest.raises(UserError, match="must all hold text vectors of one tower, or none"):
+        PairStream(DataConfig(mix=mixed), 0, 4)
+    with PairStream(DataConfig(mix=mixed, text=TextConfig(cached_vectors=False)), 0, 4) as stream:
+        assert stream.vectors is None
+    entry = index.extra["text_vectors"]
+    build_index(str(tmp_path / "a"), kind="features", extra=index.extra | {"text_vectors": entry | {"templates": []}})
+    with pytest.raises(UserError, match="text vectors of other noun prompts; run the cache step again"):
+        PairStream(DataConfig(root=str(tmp_path / "a")), 0, 4)
+    build_index(str(tmp_path / "a"), kind="features", extra=index.extra | {"text_vectors": {"width": 4}})
+    with pytest.raises(UserError, match="does not describe its text vectors"):
+        PairStream(DataConfig(root=str(tmp_path / "a")), 0, 4)
+
+
+def test_vectors_that_float16_cannot_hold_are_refused() -> None:
+    with pytest.raises(UserError, match="beyond 65,504"):
+        VectorFormat(2, {}, {}).pack(torch.tensor([[1.0, 7e4]]))
+
+
 def test_a_second_start_makes_only_what_is_missing(tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs", [40])
     config = settings(tmp_path / "pairs", tmp_path / "out")
@@ -88,7 +215,9 @@ def test_ranks_share_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     write_pairs(tmp_path / "pairs", [40])
     monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
     config = settings(tmp_path / "pairs", tmp_path / "out")
-    cache_module.claim_output(config, cache_module.probe_format(Squares(), "int8"), 40, ALONE)  # type: ignore[arg-type]
+    tokens = cache_module.probe_format(Squares(), "int8")  # type: ignore[arg-type]
+    layout = cache_module.Layout(tokens, cache_module.vector_format(config.text, Letters()))
+    cache_module.claim_output(config, layout, 40, ALONE)
     assert cache(config, World(1, 2, 1, torch.device("cpu"))) is None
     assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["00001.tar", "00003.tar"]
     index = cache(config, World(0, 2, 0, torch.device("cpu")))

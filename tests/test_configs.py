@@ -9,6 +9,7 @@ from data_prep.pack import PackConfig
 from pacl_scale import config
 from pacl_scale.cache import CacheConfig
 from pacl_scale.evaluate.command import EvaluateConfig
+from pacl_scale.submit import SubmitConfig
 from pacl_scale.train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1] / "configs"
@@ -24,7 +25,7 @@ def class_of(path: Path) -> tuple[type, list[str]]:
         return DownloadConfig, ["url_list=x", "output=z", *metadata]
     if path.parent.name == "eval":
         return EvaluateConfig, ["checkpoint=x"]
-    return {"cache": CacheConfig, "train": TrainConfig}[path.parent.name], []
+    return {"cache": CacheConfig, "train": TrainConfig, "clusters": SubmitConfig}[path.parent.name], []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

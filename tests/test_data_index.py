@@ -3,25 +3,20 @@
 import contextlib
 import io
 import random
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from data_sets import sample, write_pairs, write_tar
 
-from pacl_scale.data.index import (
-    INDEX_NAME,
-    DamagedTar,
-    SampleIndex,
-    build_index,
-    hash_key,
-    list_shards,
-    read_members,
-    scan_tar,
-    split_name,
-)
+from pacl_scale.data.index import INDEX_NAME, SampleIndex, build_index, hash_key, list_shards
 from pacl_scale.data.sample import read_sample
+from pacl_scale.data.tar import DamagedTar, read_members, scan_tar, split_name
 from pacl_scale.errors import UserError
 
 
@@ -167,3 +162,22 @@ def test_an_index_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
     index.save()
     with pytest.raises(UserError, match="beyond the end of its shard"):
         SampleIndex.load(str(tmp_path))
+
+
+def test_loading_imports_no_pandas(tmp_path: Path) -> None:
+    """pyarrow's own conversions would, and that takes longer than reading an index of 30 million samples."""
+    write_pairs(tmp_path, [3])
+    code = "import sys; from pacl_scale.data.index import SampleIndex; SampleIndex.load(sys.argv[1]).key.sum(); "
+    code += "sys.exit('pandas' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60).returncode == 0
+
+
+def test_a_column_of_another_type_or_with_gaps_is_refused(tmp_path: Path) -> None:
+    write_pairs(tmp_path, [3])
+    path = tmp_path / INDEX_NAME
+    table = pq.read_table(path)
+    for column in (pa.array([0, 1, None], pa.uint64()), pa.array([0, 1, 2], pa.int32())):
+        place = table.schema.get_field_index("offset")
+        pq.write_table(table.set_column(place, "offset", column), path)
+        with pytest.raises(UserError, match="without gaps is expected"):
+            SampleIndex.load(str(tmp_path))

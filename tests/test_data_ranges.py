@@ -3,11 +3,13 @@
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from data_sets import write_pairs
+from data_sets import write_pairs, write_tar
 from faulty_proxy import FAULTS, FaultyProxy
 from test_data_stream import config, open_stream, rows_of
 
+from pacl_scale.data.features import FeatureFormat
 from pacl_scale.data.index import SampleIndex, build_index
 from pacl_scale.data.ranges import Closed, FileClient, PassingFault, Piece, ShardReader
 from pacl_scale.data.reader import ReadConfig
@@ -68,6 +70,56 @@ def test_every_fault_is_outlived(
         assert proxy.spoiled[fault] > 3
         assert retried >= 1
     assert rows == epoch(open_stream(config(local, read=READ), 10))
+
+
+@pytest.mark.s3
+@pytest.mark.slow
+def test_ten_thousand_samples_over_a_bad_line(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every fault at once, two ranks, a whole epoch: each sample once, with its bytes, in the order of the disk."""
+    format = FeatureFormat(2, 8, (1, 2), "int8", {})
+    shards = [2500, 1, 4000, 3499]
+    first = 0
+    for number, samples in enumerate(shards):
+        rows = []
+        for sample in range(first, first + samples):
+            scale = np.full(2, sample % 2048, np.float16).tobytes()
+            text = f"caption {sample}".encode()
+            rows.append({"__key__": f"{sample:07d}", "patches": bytes([1] * 16), "scale": scale, "txt": text})
+        write_tar(tmp_path / f"{number:05d}.tar", rows)
+        first += samples
+    build_index(str(tmp_path), kind="features", extra=format.to_dict())
+    for path in tmp_path.iterdir():
+        store.client().put_object(Bucket="tests", Key=f"many/{path.name}", Body=path.read_bytes())
+    monkeypatch.setattr("pacl_scale.data.reader.LARGEST_READ", 80_000)
+    read = ReadConfig(chunk_samples=8, window_chunks=100, fetch_threads=12, timeout_s=0.3, retries=12)
+
+    def epoch_of(root: str, rank: int, share: float = 0) -> tuple[list[str], int]:
+        keys = []
+        with open_stream(config(root, read=read), 400, rank, 2) as stream:
+            proxy.share = share
+            for _, batch in zip(range(25), stream, strict=False):
+                assert batch.patches is not None
+                wanted = np.array([int(key) % 2048 for key in batch.keys]).astype(np.float32)
+                assert (batch.patches.numpy() == wanted[:, None, None]).all()
+                assert batch.texts == [f"caption {int(key)}" for key in batch.keys]
+                assert batch.skipped == {}
+                keys += batch.keys
+                retried = stream.retried.total()
+        return keys, retried
+
+    # The index is not read range by range but by s3fs, so the faults begin when it is there.
+    with FaultyProxy(store.endpoint, share=0, stall_s=0.4) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        found = []
+        for rank in range(2):
+            found.append(epoch_of("s3://tests/many", rank, share=0.1))
+            proxy.share = 0
+        assert all(proxy.spoiled[fault] > 2 for fault in FAULTS)
+    assert sorted(key for keys, _ in found for key in keys) == [f"{n:07d}" for n in range(10_000)]
+    assert all(retried > 10 for _, retried in found)
+    assert [keys for keys, _ in found] == [epoch_of(str(tmp_path), rank)[0] for rank in range(2)]
 
 
 @pytest.mark.s3

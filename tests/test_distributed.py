@@ -52,6 +52,50 @@ def test_a_launcher_around_us_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None
     assert not distributed.needs_launch(DistributedConfig(ranks=2))
 
 
+STEP = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_JOB_ID": "42",
+    "SLURM_PROCID": "9",
+    "SLURM_NTASKS": "11",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2),3",
+    "SLURM_JOB_NODELIST": "n[1-3]",
+    "MASTER_ADDR": "n1",
+}
+
+
+def test_a_task_of_srun_is_a_rank() -> None:
+    found = distributed.slurm_ranks(STEP)
+    port = found.pop("MASTER_PORT")
+    assert found == {"RANK": "9", "WORLD_SIZE": "11", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3"}
+    assert 20000 <= int(port) < 30000
+    assert distributed.slurm_ranks(STEP | {"SLURM_RESTART_COUNT": "1"})["MASTER_PORT"] != port
+    assert "MASTER_PORT" not in distributed.slurm_ranks(STEP | {"MASTER_PORT": "5"})
+
+
+def test_a_batch_script_and_a_single_task_are_no_ranks() -> None:
+    assert distributed.slurm_ranks({name: value for name, value in STEP.items() if name != "SLURM_STEP_ID"}) == {}
+    assert distributed.slurm_ranks(STEP | {"SLURM_NTASKS": "1"}) == {}
+
+
+def test_another_launcher_inside_a_job_step_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (STEP | {"WORLD_SIZE": "2", "RANK": "0"}).items():
+        monkeypatch.setenv(name, value)
+    distributed.adopt_slurm()
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "2")
+
+
+def test_the_first_host_of_a_step_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = {name: value for name, value in STEP.items() if name != "MASTER_ADDR"}
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="set MASTER_ADDR"):
+        distributed.slurm_ranks(step)
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho n1\necho n2\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    assert distributed.slurm_ranks(step)["MASTER_ADDR"] == "n1"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_cuda_without_a_gpu_is_one_sentence() -> None:
     with pytest.raises(UserError, match="no usable CUDA GPU"), distributed.joined(DistributedConfig(device="cuda")):

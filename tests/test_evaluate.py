@@ -174,8 +174,8 @@ def test_wrong_settings_end_in_one_sentence(
 def test_no_data_set_or_no_method_is_refused() -> None:
     with pytest.raises(ValueError, match="checkpoint"):
         EvaluateConfig(segmentation={"a": AnnotatedConfig("x")})
-    with pytest.raises(ValueError, match="data set"):
-        EvaluateConfig(checkpoint="x")
+    with pytest.raises(UserError, match="data set"):
+        main(["checkpoint=x"])
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(colours: Path) -> None:
@@ -349,4 +349,6 @@ def test_a_file_that_is_no_row_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configurations_load(path: Path) -> None:
     settings = config.parse(EvaluateConfig, [f"--config={path}", "--checkpoint=somewhere"], "evaluate")
-    assert settings.segmentation or settings.retrieval
+    is_protocol = path.stem.startswith("protocol_")
+    assert is_protocol != bool(settings.segmentation or settings.retrieval)
+    assert not is_protocol or settings.protocol.name == path.stem.removeprefix("protocol_")

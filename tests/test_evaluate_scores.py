@@ -9,10 +9,11 @@ from hypothesis.extra import numpy as arrays
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from pacl_scale.errors import UserError
-from pacl_scale.evaluate import protocol as protocol_module
+from pacl_scale.evaluate import labels as labels_module
 from pacl_scale.evaluate.classes import NOT_SCORED, ClassGroup, ClassList, read_class_list
 from pacl_scale.evaluate.counts import Confusion, per_class_table
-from pacl_scale.evaluate.protocol import Protocol, best_class, class_vectors
+from pacl_scale.evaluate.labels import best_class
+from pacl_scale.evaluate.protocol import Protocol, class_vectors
 from pacl_scale.evaluate.retrieval import recalls
 from pacl_scale.evaluate.segmentation import oracle_labels
 
@@ -90,7 +91,7 @@ def test_a_class_predicted_but_not_there_costs_the_true_class_and_adds_no_zero()
 def test_upsampling_in_portions_is_upsampling_at_once(portion: int, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = torch.randn(7, 4, 6, generator=torch.Generator().manual_seed(0))
     whole = torch.nn.functional.interpolate(scores[None], size=(33, 21), mode="bilinear", align_corners=False)[0]
-    monkeypatch.setattr(protocol_module, "CLASSES_AT_ONCE", portion)
+    monkeypatch.setattr(labels_module, "CLASSES_AT_ONCE", portion)
     labels, best = best_class(scores, 33, 21)
     torch.testing.assert_close(labels, whole.argmax(0))
     torch.testing.assert_close(best, whole.amax(0))

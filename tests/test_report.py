@@ -105,6 +105,20 @@ def test_page_says_what_the_rows_say(run: Path) -> None:
     assert "60 steps of 128 pairs, seed 3" in page.text
 
 
+def test_page_shows_intervals_and_what_is_taken_for_what(run: Path) -> None:
+    page = Page(whole_page(run))
+    text = " ".join(page.text.split())
+    for row in read_rows(str(run)):
+        if row.task == "segmentation":
+            low, high = row.scores["intervals"]["miou"]
+            assert f"{percent(low)} to {percent(high)}" in text
+    swapped = run.parent / "mean"
+    evaluate([f"--checkpoint={swapped}", f'--segmentation={{"blocks": {{"root": "{run.parent / "data"}"}}}}'])
+    text = " ".join(Page(Path(write_report(str(swapped / "r.html"), str(swapped), {})).read_text()).text.split())
+    pairs = text.split("Most often taken for another")[1].split(".")[0]
+    assert "green as red <script>alert(1)</script>" in pairs and "blue as" not in pairs
+
+
 def test_page_needs_nothing_from_anywhere(run: Path) -> None:
     html = whole_page(run)
     page = Page(html)

@@ -1,5 +1,6 @@
 """One picture and some words: shares, overlay, legend, and what wrong input gets."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,40 @@ def test_threshold_and_background_leave_pixels_uncoloured(place: Path) -> None:
     _, shares = segment_file(SegmentConfig("run", "b.png", threshold=0.0), "picture.png", ["red"])
     assert shares["red"] == pytest.approx(0.25, abs=0.1)
     np.testing.assert_array_equal(pixels(place / "a.png")[70, 100], (0, 0, 255))
+
+
+def test_masks_are_written_as_png_and_run_lengths(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "words.txt").write_text("blue\n\n green \n")
+    words = ["picture.png", "red", "--words_file=words.txt", "--checkpoint=run", "--masks=true", "--output=o.png"]
+    assert main(words) == 0
+    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == ["blue", "red", "green", "o.png"]
+    labels = pixels(place / "o.mask.png")
+    assert labels.shape == (80, 160) and labels[0, 0] == 0 and labels[79, 159] == 1
+    written = json.loads((place / "o.json").read_text())
+    assert [entry["word"] for entry in written["words"]] == ["red", "blue", "green"]
+    for number, entry in enumerate(written["words"]):
+        assert entry["rle"]["size"] == [80, 160]
+        values = np.arange(len(entry["rle"]["counts"])) % 2
+        decoded = np.repeat(values, entry["rle"]["counts"]).reshape(80, 160, order="F")
+        np.testing.assert_array_equal(decoded, labels == number)
+    segment_file(SegmentConfig("run", "b.png", background=["blue"], masks=True), "picture.png", ["red"])
+    assert set(np.unique(pixels(place / "b.mask.png"))) == {0, 255}
+
+
+def test_every_picture_of_a_folder_is_segmented(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "many").mkdir()
+    for name, colour in (("a.jpg", (255, 0, 0)), ("b.png", (0, 0, 255))):
+        Image.new("RGB", (40, 40), colour).save(place / "many" / name)
+    (place / "many" / "notes.txt").write_text("no picture")
+    assert main(["many", "red", "blue", "--checkpoint=run", "--output=out"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith("100.0 %  red") and said[3].endswith("100.0 %  blue")
+    assert sorted(path.name for path in (place / "out").iterdir()) == ["a.segmented.png", "b.segmented.png"]
+    (place / "empty").mkdir()
+    Image.new("RGB", (40, 40)).save(place / "many" / "a.png")
+    for folder, complaint in (("empty", "has no picture"), ("many", "two pictures of one name")):
+        assert run_command(lambda folder=folder: main([folder, "red", "--checkpoint=run"])) == 2
+        assert complaint in capsys.readouterr().err
 
 
 def test_one_word_alone_gets_everything_and_a_warning(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pacl_scale.kernels import tiled
-from pacl_scale.similarity import patch_text_similarity
+from pacl_scale.similarity import attention_entropy, patch_text_similarity
 
 POOLINGS = ("cosine", "mean", "max")
 
@@ -314,3 +314,13 @@ def test_memory_of_a_call_does_not_grow_with_patches() -> None:
         torch.set_num_threads(before)
     gram_of_all_images = 4 * 64 * 64
     assert largest.numbers == max(texts.numel(), up.numel(), patches.numel(), gram_of_all_images)
+
+
+def test_the_entropy_of_attention_is_0_for_one_patch_and_1_for_patches_alike() -> None:
+    texts = torch.eye(4)[:2]
+    alike = texts.unsqueeze(1).expand(2, 5, 4)
+    assert attention_entropy(alike, texts, 10.0) == pytest.approx(1.0)
+    one = torch.cat([texts.unsqueeze(1), -texts.unsqueeze(1).expand(2, 4, 4)], dim=1)
+    assert attention_entropy(one, texts, 100.0) == pytest.approx(0.0, abs=1e-6)
+    assert attention_entropy(one, texts, 0.0) == pytest.approx(1.0)
+    assert attention_entropy(one[:, :1], texts, 10.0) == 0.0

@@ -28,6 +28,10 @@ class TextConfig:
     """Share of the draws in which a picture that has nouns is paired with one of them in one of the paper's
     seven templates, instead of with a caption. 0 pairs with captions alone."""
 
+    cached_vectors: bool = True
+    """Take the text vectors that `cache` wrote, where the data set holds them, so that no text tower is needed; false
+    encodes the texts with the text tower in every step."""
+
     def __post_init__(self) -> None:
         if not 0 <= self.noun_prompt_share <= 1:
             raise ValueError(f"noun_prompt_share is a share from 0 to 1, not {self.noun_prompt_share}")
@@ -75,6 +79,12 @@ def draw_text(texts: PictureTexts, config: TextConfig, seed: int, epoch: int, ke
         return PAPER_TEMPLATES[int(template * len(PAPER_TEMPLATES))].format(noun), text_id(noun)
     caption = texts.captions[int(which * len(texts.captions))]
     return caption, text_id(caption)
+
+
+def possible_texts(texts: PictureTexts) -> list[str]:
+    """Everything that :func:`draw_text` can draw for a picture, each once: its captions, then its noun prompts."""
+    prompts = (template.format(noun) for noun in texts.nouns for template in PAPER_TEMPLATES)
+    return list(dict.fromkeys((*texts.captions, *prompts)))
 
 
 def draws(seed: int, epoch: int, key: str, purpose: str, count: int) -> list[float]:

@@ -14,6 +14,7 @@ from collections import Counter
 from typing import Any, NamedTuple, Protocol
 
 from pacl_scale import storage
+from pacl_scale.data.disk_cache import CachedClient, DiskCache
 from pacl_scale.data.index import SampleIndex
 from pacl_scale.errors import UserError
 
@@ -62,10 +63,19 @@ class ShardReader:
         connections: threads that will read at the same time.
         timeout_s: seconds without an answer, or without a further byte, after which a try is given up.
         retries: further tries after a fault that may pass.
+        disk_cache: keeps blocks of the shards; None reads from the store every time.
     """
 
-    def __init__(self, index: SampleIndex, connections: int, timeout_s: float, retries: int) -> None:
+    def __init__(
+        self,
+        index: SampleIndex,
+        connections: int,
+        timeout_s: float,
+        retries: int,
+        disk_cache: DiskCache | None = None,
+    ) -> None:
         self.index = index
+        self._disk_cache = disk_cache
         self.retried: Counter[str] = Counter()
         self._connections, self._timeout_s, self._retries = connections, timeout_s, retries
         self._closing = threading.Event()
@@ -110,7 +120,12 @@ class ShardReader:
     def _open(self) -> RangeClient:
         with self._lock:
             if self._client is None:
-                self._client = open_client(self.index.root_url, self._connections, self._timeout_s)
+                root_url = self.index.root_url
+                client = open_client(root_url, self._connections, self._timeout_s)
+                if self._disk_cache and not storage.is_local(root_url):
+                    sizes = {shard.name: shard.size for shard in self.index.shards}
+                    client = CachedClient(client, self._disk_cache, root_url, sizes)
+                self._client = client
             return self._client
 
     def _notice_change(self, shard: int, piece: Piece) -> None:

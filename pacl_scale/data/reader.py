@@ -48,12 +48,22 @@ class ReadConfig:
     retries: int = 8
     """Further tries of a read that failed with a fault that may pass; they take about 20 s with their waits."""
 
+    disk_cache: str = ""
+    """Folder on a local disk that keeps what was read of remote shards, for all processes of this machine and all
+    epochs; empty keeps nothing."""
+
+    disk_cache_gb: float = 100.0
+    """Most bytes that disk_cache may take, in GB of 1,000,000,000; what was not read for the longest time goes
+    first."""
+
     def __post_init__(self) -> None:
         for name in ("chunk_samples", "window_chunks", "read_ahead_mb", "fetch_threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"read.{name} must be at least 1, not {getattr(self, name)}")
         if self.timeout_s <= 0 or self.retries < 0:
             raise ValueError("read.timeout_s must be above 0 and read.retries at least 0")
+        if self.disk_cache_gb <= 0:
+            raise ValueError(f"read.disk_cache_gb must be above 0, not {self.disk_cache_gb}")
 
 
 @dataclass(frozen=True)

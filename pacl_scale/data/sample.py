@@ -3,7 +3,7 @@
 import io
 from collections.abc import Mapping
 
-from pacl_scale.data.index import (
+from pacl_scale.data.tar import (
     BLOCK,
     PAX_HEADER,
     REGULAR_FILE,

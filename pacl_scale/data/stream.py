@@ -1,7 +1,5 @@
 """Batches of picture-text pairs on this rank, from indexed tars of pictures or of cached patch tokens.
 
-b pairs of this rank, H x W pixels, T patches a picture of which n are delivered, D channels, K ids a picture.
-
 What a batch holds is decided by (seed, position) alone: which samples, in which order, with which text, which crop
 and which patches. Neither the number of ranks or threads nor the moment of a restart makes a difference.
 """
@@ -10,37 +8,32 @@ import queue
 import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from pacl_scale.data import captions
+from pacl_scale.data.assemble import PendingBatch, listed
+from pacl_scale.data.batch import PairBatch
 from pacl_scale.data.buffers import Buffers
-from pacl_scale.data.captions import PictureTexts, TextConfig
-from pacl_scale.data.decode import BadPicture, PictureConfig, decode, normalise
+from pacl_scale.data.captions import TextConfig
+from pacl_scale.data.decode import PictureConfig
+from pacl_scale.data.disk_cache import DiskCache
 from pacl_scale.data.features import FeatureFormat
-from pacl_scale.data.index import PICTURE_EXTENSIONS, DamagedTar, SampleIndex, hash_key
+from pacl_scale.data.index import SampleIndex
 from pacl_scale.data.order import EndlessOrder, Mixture, Picks
-from pacl_scale.data.ranges import ShardChanged, ShardReader
-from pacl_scale.data.reader import Awaited, Plan, ReadAhead, ReadConfig
-from pacl_scale.data.sample import Members, read_sample
+from pacl_scale.data.ranges import ShardReader
+from pacl_scale.data.reader import Plan, ReadAhead, ReadConfig
+from pacl_scale.data.vectors import VectorFormat
 from pacl_scale.distributed import World
 from pacl_scale.errors import UserError
-from pacl_scale.log import get_logger
 
 if TYPE_CHECKING:
     from pacl_scale.encoders.vision import Preprocess
 
-log = get_logger(__name__)
-
 SAMPLES_A_TASK = 8
 """Samples that a decode thread takes at a time: enough that handing them out costs nothing."""
-
-EXACT = PictureConfig(exact=True)
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -92,75 +85,6 @@ class DataConfig:
         return dict(sorted((self.mix or {self.root: 1.0}).items()))
 
 
-@dataclass(frozen=True)
-class PairBatch:
-    """This rank's part of a global batch: b pairs."""
-
-    images: Tensor | None
-    """(b, 3, H, W) float32, normalised for the encoder; None for a data set of features."""
-
-    patches: Tensor | None
-    """(b, n, D) float32 patch tokens; None for a data set of pictures."""
-
-    patch_ids: Tensor | None
-    """(b, n) int64, ascending: which of a picture's patches ``patches`` holds; None where it holds all."""
-
-    grid: tuple[int, int] | None
-    """Rows and columns of patches of a whole picture; None for a data set of pictures (the encoder decides)."""
-
-    texts: list[str]
-    """b texts, one a picture."""
-
-    text_ids: Tensor
-    """(b,) int64: what each text says; for a noun prompt the noun, whatever the template."""
-
-    image_text_ids: Tensor
-    """(b, K) int64: all that is known to be true of each picture (its captions and nouns), padded with -1."""
-
-    keys: list[str]
-    """WebDataset keys of the samples."""
-
-    captions: list[list[str]]
-    """All captions of each picture."""
-
-    nouns: list[list[str]]
-    """All nouns of each picture's captions, where data preparation wrote them."""
-
-    position_after: int
-    """Samples consumed by all ranks when this batch is done."""
-
-    skipped: dict[str, int]
-    """Samples of this batch that could not be used, by cause. In training each one's place is taken by a neighbour in
-    the batch, so that all ranks keep the same shape; in ordered mode the batch is shorter."""
-
-    patch_sample: int = 0
-    """Patches of a picture that take part in the step; 0 for all."""
-
-    patch_seeds: list[int] = field(default_factory=list)
-    """b seeds, from (seed, epoch, key), that decide which patches take part."""
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def sampled(self, tokens_BTD: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Of the encoder's tokens of the pictures ``rows``, those that take part in this step.
-
-        Args:
-            tokens_BTD: (rows, T, D), any type and device.
-            rows: which pictures of the batch they belong to.
-
-        Returns:
-            (rows, n, D) with n = ``patch_sample``, in the order of the patches; ``tokens_BTD`` itself where all take
-            part.
-        """
-        count, tokens = self.patch_sample, tokens_BTD.shape[1]
-        if not 0 < count < tokens:
-            return tokens_BTD
-        ids = np.stack([draw_patches(tokens, count, seed) for seed in self.patch_seeds[rows]])
-        ids_BN1 = torch.from_numpy(ids).to(tokens_BTD.device)[:, :, None]
-        return torch.take_along_dim(tokens_BTD, ids_BN1, dim=1)
-
-
 class PairStream:
     """An iterator of :class:`PairBatch`; endless in training, once over the data in ordered mode.
 
@@ -177,7 +101,7 @@ class PairStream:
             augmentation, and a last batch that may be smaller.
 
     Raises:
-        UserError: no data set named, no index, several encoders' features, fewer samples than a batch.
+        UserError: no data set named, no index, several encoders' features or vectors, fewer samples than a batch.
     """
 
     def __init__(
@@ -197,6 +121,8 @@ class PairStream:
         self.indexes = [SampleIndex.load(root) for root in config.weights]
         self.features = _common_format(self.indexes)
         """The format of the data set's patch tokens; None for a data set of pictures."""
+        self.vectors = _common_vectors(self.indexes) if config.text.cached_vectors else None
+        """The format of the data set's text vectors; None where it has none, or where none are wanted."""
         self.position = position
         """Samples consumed by all ranks together, the batch handed out last included."""
         self.skipped: Counter[str] = Counter()
@@ -284,7 +210,7 @@ class PairStream:
         self.seen += len(batch) + (skipped if self.ordered else 0)
         if self.skipped.total() > self.config.max_skip_share * max(self.seen, JUDGED_FROM):
             raise UserError(
-                f"{self.skipped.total()} of {self.seen} samples cannot be used ({_listed(self.skipped)}), "
+                f"{self.skipped.total()} of {self.seen} samples cannot be used ({listed(self.skipped)}), "
                 f"more than data.max_skip_share = {self.config.max_skip_share:.0%}"
             )
 
@@ -314,9 +240,10 @@ class _Run:
     def __init__(self, stream: PairStream, mixture: Mixture, start: int, stop: int | None) -> None:
         config = stream.config
         self._stream = stream
+        read = config.read
+        disk_cache = DiskCache(read.disk_cache, int(read.disk_cache_gb * 1e9)) if read.disk_cache else None
         self._readers = [
-            ShardReader(index, config.read.fetch_threads, config.read.timeout_s, config.read.retries)
-            for index in stream.indexes
+            ShardReader(index, read.fetch_threads, read.timeout_s, read.retries, disk_cache) for index in stream.indexes
         ]
         self._plan = Plan(mixture, self._readers, stream.world, start, stream.global_batch_size, stop)
         budget = config.read.read_ahead_mb << 20
@@ -349,11 +276,12 @@ class _Run:
 
     def _produce(self) -> None:
         try:
-            pending: deque[_Pending] = deque()
+            pending: deque[PendingBatch] = deque()
             number = 0
             while not self._closing.is_set():
-                # One batch is decoded while the one before it is put together.
-                while len(pending) < 2 and (picks := self._plan.batch(number)) is not None:
+                # One batch is decoded while the one before it is put together; nothing is planned before the first one.
+                wanted = min(2, number + 1)
+                while len(pending) < wanted and (picks := self._plan.batch(number)) is not None:
                     pending.append(self._begin(number, picks))
                     number += 1
                 if not pending:
@@ -372,145 +300,16 @@ class _Run:
             except queue.Full:
                 continue
 
-    def _begin(self, number: int, picks: Picks) -> "_Pending":
+    def _begin(self, number: int, picks: Picks) -> "PendingBatch":
         awaited = self._ahead.start(picks)
-        pending = _Pending(self._stream, picks, position_after=self._plan.span(number)[1])
+        pending = PendingBatch(self._stream, picks, position_after=self._plan.span(number)[1])
         for begin in range(0, len(picks), SAMPLES_A_TASK):
             rows = range(begin, min(begin + SAMPLES_A_TASK, len(picks)))
             pending.tasks.append(self._decoders.submit(pending.load, rows, [awaited[row] for row in rows]))
-        # Reads for later batches are begun a batch at a time, so that the first one does not wait for their planning.
-        self._ahead.read_on(most=len(picks))
+        if number:
+            # Reads for later batches are begun a batch at a time, and after the first one.
+            self._ahead.read_on(most=len(picks))
         return pending
-
-
-@dataclass
-class _Row:
-    """What is known of one pair beside its pixels or patches."""
-
-    key: str
-    texts: PictureTexts
-    text: str
-    text_id: int
-    patch_seed: int
-
-
-class _Pending:
-    """A batch that is being decoded: threads fill its rows, then :meth:`finish` puts it together."""
-
-    def __init__(self, stream: PairStream, picks: Picks, position_after: int) -> None:
-        self.tasks: list[Future[None]] = []
-        self._stream, self._picks, self._position_after = stream, picks, position_after
-        self._rows: list[_Row | str] = [""] * len(picks)
-        features, preprocess = stream.features, stream.preprocess
-        self._patch_sample = 0 if stream.ordered else stream.config.patch_sample
-        self._images, self._patches, self._patch_ids = None, None, None
-        if features is not None:
-            count = self._patch_sample if self._patch_sample < features.tokens else 0
-            self._patches = stream.buffers.empty(len(picks), count or features.tokens, features.width)
-            self._patch_ids = torch.empty(len(picks), count, dtype=torch.int64) if count else None
-        else:
-            assert preprocess is not None
-            size = preprocess.image_size
-            self._images = stream.buffers.empty(len(picks), 3, size, size)
-
-    def load(self, rows: Sequence[int], awaited: Sequence[Awaited]) -> None:
-        """Fill ``rows``; runs in a decode thread."""
-        for row, handle in zip(rows, awaited, strict=True):
-            try:
-                self._rows[row] = self._load(row, handle.result())
-            except (BadPicture, DamagedTar) as error:
-                self._rows[row] = str(error) if isinstance(error, BadPicture) else "damaged tar member"
-
-    def finish(self) -> PairBatch:
-        """The batch, when all its rows are there."""
-        for task in self.tasks:
-            task.result()
-        skipped = self._count_skipped()
-        good = [row for row, content in enumerate(self._rows) if isinstance(content, _Row)]
-        if not good and not self._stream.ordered:
-            raise UserError(f"not one of the {len(self._rows)} samples of a batch can be used: {_listed(skipped)}")
-        take = good if self._stream.ordered else _with_neighbours(len(self._rows), good)
-        rows = [content for row in take if isinstance(content := self._rows[row], _Row)]
-        whole = not skipped
-        ids = [row.texts.ids() for row in rows]
-        widest = max(map(len, ids), default=1)
-        return PairBatch(
-            images=_select(self._images, take, whole),
-            patches=_select(self._patches, take, whole),
-            patch_ids=_select(self._patch_ids, take, whole),
-            grid=self._stream.features.grid if self._stream.features else None,
-            texts=[row.text for row in rows],
-            text_ids=torch.tensor([row.text_id for row in rows], dtype=torch.int64),
-            image_text_ids=torch.tensor([i + [-1] * (widest - len(i)) for i in ids], dtype=torch.int64),
-            keys=[row.key for row in rows],
-            captions=[row.texts.captions for row in rows],
-            nouns=[row.texts.nouns for row in rows],
-            position_after=self._position_after,
-            skipped=dict(skipped),
-            patch_sample=self._patch_sample,
-            patch_seeds=[row.patch_seed for row in rows],
-        )
-
-    def _load(self, row: int, content: bytes) -> _Row:
-        stream, config = self._stream, self._stream.config
-        source, epoch, sample = (int(a[row]) for a in (self._picks.source, self._picks.epoch, self._picks.sample))
-        index = stream.indexes[source]
-        shard = index.shards[int(index.shard_of(np.array(sample)))].name
-        key, members = read_sample(content, shard)
-        if hash_key(key) != int(index.key[sample]):
-            raise ShardChanged(
-                f"{index.root_url}/{shard} holds other samples than were indexed; run the index step again"
-            )
-        texts = captions.read_texts(members)
-        if texts is None:
-            raise BadPicture("no caption")
-        if stream.ordered:
-            text, text_id = texts.captions[0], captions.text_id(texts.captions[0])
-        else:
-            text, text_id = captions.draw_text(texts, config.text, stream.seed, epoch, key)
-        patch_seed = hash_key(f"{stream.seed}/{epoch}/patches/{key}")
-        if self._patches is not None:
-            self._load_patches(row, members, patch_seed)
-        else:
-            self._load_picture(row, members, epoch, key)
-        return _Row(key, texts, text, text_id, patch_seed)
-
-    def _load_patches(self, row: int, members: Members, patch_seed: int) -> None:
-        features, ids = self._stream.features, None
-        assert features is not None and self._patches is not None
-        if self._patch_ids is not None:
-            ids = draw_patches(features.tokens, self._patch_sample, patch_seed)
-            self._patch_ids[row] = torch.from_numpy(ids)
-        features.read(members, ids, self._patches[row])
-
-    def _load_picture(self, row: int, members: Members, epoch: int, key: str) -> None:
-        stream, config = self._stream, self._stream.config.picture
-        assert stream.preprocess is not None and self._images is not None
-        content = next((members[extension] for extension in PICTURE_EXTENSIONS if extension in members), None)
-        if content is None:
-            raise BadPicture("no picture")
-        draws = None if stream.ordered else captions.draws(stream.seed, epoch, key, "picture", 4)
-        pixels = decode(content, stream.preprocess, EXACT if stream.ordered else config, draws)
-        normalise(pixels, stream.preprocess, self._images.numpy()[row])
-
-    def _count_skipped(self) -> Counter[str]:
-        stream = self._stream
-        skipped: Counter[str] = Counter()
-        for row, cause in enumerate(self._rows):
-            if isinstance(cause, str):
-                skipped[cause] += 1
-                index, sample = stream.indexes[int(self._picks.source[row])], int(self._picks.sample[row])
-                shard = index.shards[int(index.shard_of(np.array(sample)))].name
-                log.warning(
-                    "sample skipped", cause=cause, shard=f"{index.root_url}/{shard}", byte=int(index.offset[sample])
-                )
-        return skipped
-
-
-def draw_patches(tokens: int, count: int, seed: int) -> np.ndarray:
-    """``count`` of the patch numbers below ``tokens``, ascending, int64; the same for the same seed."""
-    noise = np.random.Philox(key=seed).random_raw(tokens)
-    return np.sort(np.argpartition(noise, count)[:count])
 
 
 def _common_format(indexes: Sequence[SampleIndex]) -> FeatureFormat | None:
@@ -521,18 +320,12 @@ def _common_format(indexes: Sequence[SampleIndex]) -> FeatureFormat | None:
     return formats[0]
 
 
-def _with_neighbours(count: int, good: list[int]) -> list[int]:
-    """``count`` rows in order; a bad one is replaced by the next good one, cyclically."""
-    places = np.searchsorted(good, np.arange(count)) % max(len(good), 1)
-    return [good[place] for place in places]
-
-
-def _select(tensor: Tensor | None, rows: list[int], whole: bool) -> Tensor | None:
-    if tensor is None or whole:
-        return tensor
-    chosen = tensor[torch.tensor(rows, dtype=torch.int64)]
-    return chosen.pin_memory() if tensor.is_pinned() else chosen
-
-
-def _listed(causes: Counter[str]) -> str:
-    return ", ".join(f"{count} {cause}" for cause, count in causes.most_common())
+def _common_vectors(indexes: Sequence[SampleIndex]) -> VectorFormat | None:
+    """The one format of all data sets' text vectors; None where they have none."""
+    formats = [VectorFormat.of(index) for index in indexes]
+    if any(one != formats[0] for one in formats):
+        raise UserError(
+            "the data sets of data.mix must all hold text vectors of one tower, or none; "
+            "data.text.cached_vectors=false encodes all texts with the text tower"
+        )
+    return formats[0]

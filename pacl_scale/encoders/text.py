@@ -86,6 +86,11 @@ class TextEncoderConfig:
         if self.source == "huggingface" and self.weights not in (None, "random"):
             raise ValueError("weights: huggingface reads them from the model's folder; name that as the model")
 
+    @property
+    def named(self) -> dict[str, Any]:
+        """Source and model, for comparisons that load no weights; of a model's folder only its last part."""
+        return {"source": self.source, "model": self.model.rstrip("/").rpartition("/")[2]}
+
 
 def build_text(
     config: TextEncoderConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32

@@ -38,11 +38,15 @@ class ClassList:
     words: dict[int, str | list[str]]
     """Mask index to its word, or to a list of synonyms whose text vectors are averaged."""
 
-    void: int | None = 255
-    """Mask index of pixels that nobody labelled; never scored."""
+    void: int | list[int] | None = 255
+    """Mask index, or indices, of pixels that nobody labelled; never scored."""
 
-    background: int | None = None
-    """Mask index of "none of the classes"; such pixels are not scored (background rule "none")."""
+    background: int | list[int] | None = None
+    """Mask index, or indices, of "none of the classes"."""
+
+    score_background: bool = False
+    """Whether background is a class of its own, scored as the last one and answered by the protocol's background
+    rule (VOC-21, Context-60). If not, its pixels are not scored (VOC-20, Context-59)."""
 
     groups: dict[str, ClassGroup] = field(default_factory=dict)
     """Named subsets of the classes that get scores of their own."""
@@ -51,8 +55,11 @@ class ClassList:
         if len(self.words) < 2:
             raise ValueError("a class list needs at least two classes")
         for special in ("void", "background"):
-            if getattr(self, special) in self.words:
-                raise ValueError(f"the {special} index {getattr(self, special)} is also a class")
+            for index in _as_list(getattr(self, special)):
+                if index in self.words:
+                    raise ValueError(f"the {special} index {index} is also a class")
+        if self.score_background and not _as_list(self.background):
+            raise ValueError("score_background needs the mask index of the background")
         for name, group in self.groups.items():
             if strangers := sorted(set(group.classes) - set(self.words)):
                 raise ValueError(f"group {name!r} has indices {strangers} that are no classes")
@@ -84,6 +91,11 @@ class ClassList:
         words = self.words | (self.groups[word_set].words if word_set is not None else {})
         return [_as_list(words[index]) for index in self.indices]
 
+    @property
+    def background_position(self) -> int:
+        """Position of background in tables of scores: after the last class."""
+        return len(self.words)
+
     def members(self, group: str) -> list[int]:
         """Positions (not mask indices) of a group's classes."""
         return [self.indices.index(index) for index in sorted(set(self.groups[group].classes))]
@@ -91,16 +103,19 @@ class ClassList:
     def positions(self, mask_HW: np.ndarray, name: str) -> np.ndarray:
         """Mask indices (H, W) to positions (H, W) int64, :data:`NOT_SCORED` where a pixel does not count.
 
+        Scored background is :attr:`background_position`.
+
         Raises:
             UserError: the mask has an index that the class list does not explain.
         """
         size = max(65536 if mask_HW.dtype.itemsize > 1 else 256, int(mask_HW.max(initial=0)) + 1)
         table = np.full(size, _UNKNOWN, np.int64)
-        for special in (self.void, self.background):
-            if special is not None:
-                table[special] = NOT_SCORED
+        table[[index for index in _as_list(self.void) if index < size]] = NOT_SCORED
+        background = self.background_position if self.score_background else NOT_SCORED
+        table[[index for index in _as_list(self.background) if index < size]] = background
         for position, index in enumerate(self.indices):
-            table[index] = position
+            if index < size:
+                table[index] = position
         positions_HW = table[mask_HW]
         if (positions_HW == _UNKNOWN).any():
             strangers = sorted({int(value) for value in mask_HW[positions_HW == _UNKNOWN]})
@@ -122,5 +137,5 @@ def read_class_list(content: bytes, name: str) -> ClassList:
         raise UserError(f"{name} is no class list ({' '.join(str(error).split())}); see docs/evaluation.md") from error
 
 
-def _as_list(words: str | list[str]) -> list[str]:
-    return [words] if isinstance(words, str) else list(words)
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]

@@ -1,5 +1,6 @@
 """The command: configuration in, rows and examples in the run directory and a table on the terminal out."""
 
+import dataclasses
 import os
 import posixpath
 from collections.abc import Sequence
@@ -9,9 +10,20 @@ from typing import Literal
 import torch
 
 from pacl_scale import config, log, storage
+from pacl_scale.errors import UserError
 from pacl_scale.evaluate.examples import write_examples
-from pacl_scale.evaluate.methods import MAJORITY, PACL, PATCH_ORACLE, UNTRAINED, choose_device, load_methods
-from pacl_scale.evaluate.pictures import AnnotatedConfig, open_annotated
+from pacl_scale.evaluate.methods import (
+    MAJORITY,
+    PACL,
+    PATCH_ORACLE,
+    UNTRAINED,
+    Method,
+    Towers,
+    choose_device,
+    load_methods,
+)
+from pacl_scale.evaluate.pictures import AnnotatedConfig, AnnotatedPictures, check_data, open_annotated
+from pacl_scale.evaluate.progress import Progress
 from pacl_scale.evaluate.protocol import Protocol
 from pacl_scale.evaluate.retrieval import CaptionedConfig, evaluate_retrieval, open_captioned
 from pacl_scale.evaluate.rows import Row, write_row
@@ -46,6 +58,15 @@ class EvaluateConfig:
     retrieval: dict[str, CaptionedConfig] = field(default_factory=dict)
     """Name to captioned pictures."""
 
+    check_data: bool = False
+    """Measure nothing: read every picture and mask of the segmentation data sets, count, and say what is wrong."""
+
+    part: int = 0
+    """Number of this process, from 0, where several share the data sets; e.g. `part=$SLURM_ARRAY_TASK_ID`."""
+
+    parts: int = 1
+    """So many processes share each segmentation data set; the one that finishes last writes the rows."""
+
     protocol: Protocol = field(default_factory=Protocol)
     """How segmentation is measured; part of every row."""
 
@@ -70,7 +91,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.checkpoint is not None:
             self.methods = {**self.methods, PACL: self.checkpoint}
-        if not self.methods:
+        if not self.methods and not self.check_data:
             raise ValueError("name a checkpoint (--checkpoint RUN) or methods")
         if taken := sorted({UNTRAINED, MAJORITY, PATCH_ORACLE} & set(self.methods)):
             raise ValueError(f"methods: {', '.join(taken)} is the name of a control")
@@ -79,8 +100,10 @@ class EvaluateConfig:
                 raise ValueError(f"{name!r}: names may hold letters, digits, '_' and '.' only, as they name files")
         if both := sorted(set(self.segmentation) & set(self.retrieval)):
             raise ValueError(f"segmentation and retrieval both have a data set {both[0]!r}")
-        if not self.segmentation and not self.retrieval:
-            raise ValueError("name a data set under segmentation or retrieval (see configs/eval)")
+        if not 0 <= self.part < self.parts:
+            raise ValueError("part counts from 0 and must be below parts")
+        if self.parts > 1 and self.retrieval:
+            raise ValueError("retrieval compares all pictures with all texts, so it cannot be shared among parts")
         if self.batch_size < 1 or self.examples < 0 or self.threads < 0:
             raise ValueError("batch_size must be at least 1, examples and threads not negative")
 
@@ -88,9 +111,16 @@ class EvaluateConfig:
 def run(argv: Sequence[str] | None) -> int:
     """Parse, evaluate, print; returns 0."""
     settings: EvaluateConfig = config.parse(EvaluateConfig, argv, PROG)
+    if not settings.segmentation and not settings.retrieval:
+        # Not refused by the configuration itself: a file may hold a protocol alone.
+        raise UserError(f"name a data set under segmentation or retrieval, see configs/eval ({PROG} --help)")
     log.configure()
+    if settings.check_data:
+        for name, data in settings.segmentation.items():
+            print(_checked(name, data))
+        return 0
     rows = evaluate(settings)
-    print(table(rows))
+    print(table(rows) if rows else f"part {settings.part} of {settings.parts} is done; the last part writes the rows")
     return 0
 
 
@@ -114,17 +144,56 @@ def evaluate(settings: EvaluateConfig) -> list[Row]:
 
     rows: list[Row] = []
     for name, data in annotated.items():
+        progress = _progress(output, name, data, towers, methods, settings)
         found = evaluate_segmentation(
-            name, data, towers, methods, settings.protocol, settings.batch_size, settings.controls
+            name, data, towers, methods, settings.protocol, settings.batch_size, settings.controls, progress
         )
-        if settings.examples:
+        if found and settings.examples:
             write_examples(output, found, data, towers, methods, settings.protocol, settings.examples)
+        for row in found:
+            write_row(output, row)
+        if found:
+            progress.forget()
         rows += found
     for name, captions in captioned.items():
         rows += evaluate_retrieval(name, captions, towers, methods, settings.batch_size)
     for row in rows:
-        write_row(output, row)
+        if row.task == "retrieval":
+            write_row(output, row)
     return rows
+
+
+def _progress(
+    output: str,
+    name: str,
+    data: AnnotatedPictures,
+    towers: Towers,
+    methods: Sequence[Method],
+    settings: EvaluateConfig,
+) -> Progress:
+    """What earlier processes counted under exactly these settings."""
+    depends_on = {
+        "data_set": name,
+        "pairs": data.pairs,
+        "classes": dataclasses.asdict(data.classes),
+        "protocol": settings.protocol.record(),
+        "towers": towers.config,
+        "fingerprints": [towers.vision.fingerprint(), towers.text.fingerprint()],
+        "methods": {method.name: method.checkpoint for method in methods},
+        "controls": list(settings.controls),
+    }
+    return Progress.open(output, depends_on, settings.part, settings.parts)
+
+
+def _checked(name: str, config: AnnotatedConfig) -> str:
+    """A sentence on a data set whose every file was read."""
+    data = open_annotated(config)
+    found = check_data(data, len(os.sched_getaffinity(0)))
+    absent = f"; no picture shows {', '.join(found.absent)}" if found.absent else "; every class occurs"
+    return (
+        f"{name}: {found.pictures} of {found.expected} pictures read, {len(found.words)} classes{absent}; "
+        f"{100 * found.void / max(1, found.pixels):.1f} % of the pixels are not scored"
+    )
 
 
 def run_of(path: str) -> str:
@@ -161,6 +230,8 @@ def columns(row: Row) -> dict[str, float | None]:
         "pixel accuracy": scores["pixel_accuracy"],
         "class accuracy": scores["mean_class_accuracy"],
         "mIoU per picture": scores["miou_per_picture"],
+        "boundary IoU": scores.get("boundary_iou"),
+        "patch accuracy": scores.get("patch_accuracy"),
         **groups,
     }
 

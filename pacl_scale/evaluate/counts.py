@@ -88,19 +88,26 @@ class Confusion:
 
 
 def per_class_table(counts: Confusion, classes: ClassList, pictures_C: np.ndarray) -> list[dict[str, Any]]:
-    """One entry a class, in mask order; ``iou`` and ``accuracy`` are None where the ground truth lacks it."""
+    """One entry a class, in mask order; ``iou`` and ``accuracy`` are None where the ground truth lacks it.
+
+    A last position without a class is background; its ``index`` is None.
+    """
+    indices: list[int | None] = [*classes.indices]
+    words = list(classes.names)
+    if len(counts.counts_CC) > len(words):
+        indices, words = [*indices, None], [*words, "background"]
     iou_C, accuracy_C = counts.iou_C(), counts.accuracy_C()
     return [
         {
-            "index": classes.indices[c],
-            "word": classes.names[c],
+            "index": indices[c],
+            "word": words[c],
             "iou": _number(iou_C[c]),
             "accuracy": _number(accuracy_C[c]),
             "truth_pixels": int(counts.truth_C[c]),
             "predicted_pixels": int(counts.predicted_C[c]),
             "pictures": int(pictures_C[c]),
         }
-        for c in range(len(classes.indices))
+        for c in range(len(words))
     ]
 
 

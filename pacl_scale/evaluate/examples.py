@@ -18,11 +18,13 @@ from PIL import Image
 from pacl_scale import storage
 from pacl_scale.evaluate import overlay
 from pacl_scale.evaluate.classes import ClassList
+from pacl_scale.evaluate.masks import index_png
 from pacl_scale.evaluate.methods import Method, Towers
 from pacl_scale.evaluate.pictures import AnnotatedPictures
-from pacl_scale.evaluate.protocol import Protocol, class_vectors
+from pacl_scale.evaluate.protocol import Protocol, vectors_for
 from pacl_scale.evaluate.rows import FOLDER, Row
 from pacl_scale.evaluate.segmentation import encoded_batches, predict
+from pacl_scale.evaluate.views import lattice_of
 
 TRUTH = "truth"
 WORDS_SHOWN = 8
@@ -30,9 +32,6 @@ WORDS_SHOWN = 8
 
 SIDE = 400
 """Longest side in pixels of the pictures that are kept."""
-
-UNLABELLED = 255
-"""Pixel value where the truth says nothing."""
 
 
 @dataclass
@@ -88,11 +87,15 @@ def write_examples(
     folder = folder_of(run, rows[0].data_set, protocol.name)
     chosen = choose(next(row for row in rows if row.method == methods[-1].name), each)
     numbers = {data.name(number): number for number in range(len(data))}
-    vectors_CD = class_vectors(towers.text, data.classes.synonyms(), protocol).to(towers.device)
+    classes, lattice = data.classes, lattice_of(towers.vision, protocol)
+    applies = protocol.background_applies(classes.score_background)
+    background = classes.background_position if applies else None
+    asked = vectors_for(towers.text, classes.synonyms(), protocol, applies and protocol.background == "words")
+    asked = asked.to(towers.device)
     drawn: dict[str, tuple[Image.Image, dict[str, np.ndarray]]] = {}
-    for prepared, tokens_1TD, grid in encoded_batches(data, [numbers[n] for _, n in chosen], towers, protocol, 1):
+    for prepared, tokens in encoded_batches(data, [numbers[n] for _, n in chosen], towers, protocol, 1):
         truth_HW = prepared.truth_HW
-        labels = {m.name: predict(m.embed(tokens_1TD), vectors_CD, grid, truth_HW.shape) for m in methods}
+        labels = {m.name: predict(tokens, m, asked, truth_HW.shape, lattice, protocol, background)[0] for m in methods}
         drawn[data.name(prepared.number)] = (prepared.picture, {TRUTH: truth_HW, **labels})
     examples = []
     for number, (rank, name) in enumerate(chosen):
@@ -115,9 +118,11 @@ def _write_example(
     scores: dict[str, dict[str, Any]],
     classes: ClassList,
 ) -> Example:
-    shown, in_truth = _words_shown(labels, len(classes.indices))
-    words = [classes.names[c] for c in shown]
-    table = np.full(len(classes.indices) + 1, len(shown))
+    # Background, where it is a label, comes after the classes.
+    every_word = [*classes.names, "background"]
+    shown, in_truth = _words_shown(labels, len(every_word))
+    words = [every_word[c] for c in shown]
+    table = np.full(len(every_word) + 1, len(shown))
     table[shown] = np.arange(len(shown))
     table[-1] = overlay.NOTHING
     if any((table[labels_HW] == len(shown)).any() for labels_HW in labels.values()):
@@ -133,7 +138,7 @@ def _write_example(
     for method, labels_HW in labels.items():
         small_HW = _nearest(table[labels_HW], size)
         files[method] = f"{stem}-{method}.png"
-        storage.write_bytes(storage.join(folder, files[method]), _encoded(_index_png(small_HW, colours), "PNG"))
+        storage.write_bytes(storage.join(folder, files[method]), index_png(small_HW, colours))
         panels.append(_panel(small, small_HW, _nearest(labels[TRUTH], size) >= 0, words, colours))
     storage.write_bytes(storage.join(folder, files["strip"]), _encoded(_strip(panels, labels, words, colours), "PNG"))
     return Example(rank, name, words, colours, in_truth, scores, files)
@@ -168,15 +173,6 @@ def _nearest(labels_HW: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     rows = (np.arange(size[1]) + 0.5) * labels_HW.shape[0] / size[1]
     columns = (np.arange(size[0]) + 0.5) * labels_HW.shape[1] / size[0]
     return labels_HW[rows.astype(int)][:, columns.astype(int)]
-
-
-def _index_png(labels_HW: np.ndarray, colours: Sequence[overlay.Colour]) -> Image.Image:
-    values_HW = np.where(labels_HW == overlay.NOTHING, UNLABELLED, labels_HW).astype(np.uint8)
-    picture = Image.fromarray(values_HW)
-    # All 256 entries: with fewer, Pillow stores fewer bits a pixel and UNLABELLED would not survive.
-    palette = [*colours, *[(255, 255, 255)] * (UNLABELLED + 1 - len(colours))]
-    picture.putpalette([value for colour in palette for value in colour])
-    return picture
 
 
 def _strip(

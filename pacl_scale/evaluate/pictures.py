@@ -1,4 +1,4 @@
-"""Annotated pictures as they lie in folders: ``images/*.jpg`` beside ``masks/*.png``."""
+"""Annotated pictures: folders of ``images/*.jpg`` beside ``masks/*.png``, or an official data set's own layout."""
 
 import io
 import posixpath
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -14,7 +14,9 @@ from PIL import Image, UnidentifiedImageError
 from pacl_scale import storage
 from pacl_scale.data.decode import FORMATS
 from pacl_scale.errors import UserError
-from pacl_scale.evaluate.classes import ClassList, read_class_list
+from pacl_scale.evaluate import places
+from pacl_scale.evaluate.classes import NOT_SCORED, ClassList, read_class_list
+from pacl_scale.evaluate.official import LAYOUTS, find_pairs, read_raw_context
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -26,10 +28,27 @@ MAX_PIXELS = 64_000_000
 
 @dataclass
 class AnnotatedConfig:
-    """A folder of pictures with masks."""
+    """Pictures with masks: a folder of one's own, or an official data set."""
 
     root: str
-    """Folder or URL that holds the two folders below."""
+    """Folder, URL, or zip or tar file that holds the data set."""
+
+    layout: Literal[
+        "folder",
+        "voc_20",
+        "voc_21",
+        "context_59",
+        "context_60",
+        "coco_stuff_171",
+        "coco_object",
+        "ade_150",
+        "cityscapes_19",
+    ] = "folder"
+    """"folder": the keys `pictures`, `masks` and `classes` say what is where. Otherwise an official data set as it is
+    downloaded, with its own class list and validation split."""
+
+    partial: bool = False
+    """Of an official data set, measure on the pictures that are there, however few; the row says how many."""
 
     pictures: str = "images"
     """Folder of the pictures below `root`; those without a mask are left out."""
@@ -38,7 +57,8 @@ class AnnotatedConfig:
     """Folder of PNG masks below `root`: palette or grey, the pixel's value is the index of its class."""
 
     classes: ClassList | None = None
-    """Which index is which class; if not given, `classes.yaml` in `root` says it with the same keys."""
+    """Which index is which class; if not given, `classes.yaml` in `root` says it with the same keys, or an official
+    data set's own list is taken."""
 
     limit: int = 0
     """Only the first so many pictures in the order of their names; 0 takes all."""
@@ -59,11 +79,17 @@ class AnnotatedPictures:
     without_mask: int = field(default=0)
     """Pictures left out because there is no mask of their name."""
 
+    raw_context: bool = False
+    """Masks are PASCAL-Context's MATLAB files."""
+
+    record: dict[str, Any] = field(default_factory=dict)
+    """Where the pictures come from, for the rows."""
+
     def __len__(self) -> int:
         return len(self.pairs)
 
     def name(self, number: int) -> str:
-        """File name of a picture."""
+        """File name of a picture; unique within each official data set too."""
         return posixpath.basename(self.pairs[number][0])
 
     def read(self, number: int) -> tuple[Image.Image, np.ndarray]:
@@ -74,12 +100,9 @@ class AnnotatedPictures:
         """
         picture_at, mask_at = self.pairs[number]
         picture = read_picture(picture_at)
-        mask = _open(mask_at)
-        if mask.mode not in ("P", "L", "I", "I;16"):
-            raise UserError(f"{mask_at} is no index mask (its mode is {mask.mode}); palette or grey PNG is expected")
-        mask_HW = np.asarray(mask)
+        mask_HW = read_raw_context(places.read(mask_at), mask_at) if self.raw_context else _read_mask(mask_at)
         if mask_HW.shape != (picture.height, picture.width):
-            sizes = f"{picture.width} x {picture.height} and {mask.width} x {mask.height}"
+            sizes = f"{picture.width} x {picture.height} and {mask_HW.shape[1]} x {mask_HW.shape[0]}"
             raise UserError(f"{picture_at} and its mask differ in size ({sizes})")
         return picture, self.classes.positions(mask_HW, mask_at)
 
@@ -90,6 +113,8 @@ def open_annotated(config: AnnotatedConfig) -> AnnotatedPictures:
     Raises:
         UserError: a folder is missing or empty, a mask has no picture, or the class list is wrong.
     """
+    if config.layout != "folder":
+        return _open_official(config)
     pictures_at, masks_at = storage.join(config.root, config.pictures), storage.join(config.root, config.masks)
     pictures, masks = _by_stem(pictures_at, PICTURE_SUFFIXES), _by_stem(masks_at, (".png",))
     if not masks:
@@ -99,10 +124,61 @@ def open_annotated(config: AnnotatedConfig) -> AnnotatedPictures:
     stems = sorted(masks)[: config.limit or None]
     if config.classes is None:
         classes_at = storage.join(config.root, "classes.yaml")
-        classes = read_class_list(storage.read_bytes(classes_at), classes_at)
+        classes = read_class_list(places.read(classes_at), classes_at)
     else:
         classes = config.classes
-    return AnnotatedPictures([(pictures[s], masks[s]) for s in stems], classes, len(pictures) - len(masks))
+    pairs = [(pictures[s], masks[s]) for s in stems]
+    record = {"layout": "folder", "split": "every mask", "of": len(masks)}
+    return AnnotatedPictures(pairs, classes, len(pictures) - len(masks), record=record)
+
+
+def _open_official(config: AnnotatedConfig) -> AnnotatedPictures:
+    layout = LAYOUTS[config.layout]
+    source, pairs = find_pairs(layout, config.root, config.partial)
+    record = {
+        "layout": config.layout,
+        "title": layout.title,
+        "pictures": source.pictures,
+        "masks": source.masks,
+        "split": source.split or "every mask",
+        "of": layout.pictures,
+    }
+    classes = config.classes or layout.classes()
+    return AnnotatedPictures(pairs[: config.limit or None], classes, 0, source.raw_context, record)
+
+
+@dataclass
+class DataCheck:
+    """What reading every picture and mask of a data set found."""
+
+    pictures: int
+    expected: int
+    pixels: int
+    void: int
+    """Pixels that are not scored."""
+    pictures_C: np.ndarray
+    """Pictures that show each class, in the order of `words`."""
+    words: list[str]
+
+    @property
+    def absent(self) -> list[str]:
+        """Classes that no mask shows."""
+        return [word for word, count in zip(self.words, self.pictures_C, strict=True) if not count]
+
+
+def check_data(data: AnnotatedPictures, threads: int) -> DataCheck:
+    """Read every picture and mask, and count.
+
+    Raises:
+        UserError: a damaged file, sizes that differ, an index that the class list does not name.
+    """
+    words = [*data.classes.names, *(["background"] if data.classes.score_background else [])]
+    found = DataCheck(len(data), data.record.get("of", len(data)), 0, 0, np.zeros(len(words), np.int64), words)
+    for _, truth_HW in read_ahead(range(len(data)), data.read, threads):
+        found.pixels += truth_HW.size
+        found.void += int((truth_HW == NOT_SCORED).sum())
+        found.pictures_C += np.bincount(truth_HW[truth_HW != NOT_SCORED], minlength=len(words)) > 0
+    return found
 
 
 def read_picture(address: str) -> Image.Image:
@@ -128,8 +204,15 @@ def read_ahead(items: Iterable[Item], read: Callable[[Item], Result], threads: i
                 future.cancel()
 
 
+def _read_mask(address: str) -> np.ndarray:
+    mask = _open(address)
+    if mask.mode not in ("P", "L", "I", "I;16"):
+        raise UserError(f"{address} is no index mask (its mode is {mask.mode}); palette or grey PNG is expected")
+    return np.asarray(mask)
+
+
 def _open(address: str) -> Image.Image:
-    content = storage.read_bytes(address)
+    content = places.read(address)
     try:
         picture = Image.open(io.BytesIO(content), formats=FORMATS)
         if picture.width * picture.height > MAX_PIXELS:
@@ -143,13 +226,10 @@ def _open(address: str) -> Image.Image:
 
 
 def _by_stem(folder: str, suffixes: tuple[str, ...]) -> dict[str, str]:
-    files, path = storage.filesystem(folder)
-    with storage.explained(folder):
-        if not files.isdir(path):
-            raise UserError(f"{folder}: there is no such folder")
-        names = [posixpath.basename(name) for name in files.ls(path, detail=False)]
+    if not places.is_folder(folder):
+        raise UserError(f"{folder}: there is no such folder")
     found: dict[str, str] = {}
-    for name in sorted(names):
+    for name in (name for name in places.names(folder) if "/" not in name):
         stem, suffix = posixpath.splitext(name)
         if suffix.lower() not in suffixes:
             continue

@@ -26,13 +26,16 @@ class Row:
     towers: dict[str, Any]
     pictures: int
     scores: dict[str, Any]
-    """The figures. Segmentation: miou, pixel_accuracy, mean_class_accuracy, miou_per_picture, groups, per_class.
+    """The figures. Segmentation: miou, pixel_accuracy, mean_class_accuracy, miou_per_picture, boundary_iou,
+    patch_accuracy, intervals, groups, per_class, and foreground where background is a class.
     Retrieval: image_to_text and text_to_image with R@k."""
     per_picture: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Scores of each picture by its name, rounded to 6 digits."""
     confusion: list[list[int]] | None = None
     """Pixels by true class (row) and predicted class (column), in mask order; rows of runs over parts of a data
     set may be added."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """The data set's layout, split and special mask values; how many pictures the split has ("of")."""
     seconds: float = 0.0
     """Wall clock of the pass that gave this row (methods evaluated together share one pass)."""
     version: int = VERSION

@@ -1,0 +1,88 @@
+"""A rank's part of a global batch.
+
+b pairs, H x W pixels, T patches a picture of which n are delivered, D channels, Dt of a text vector, K ids a picture.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """This rank's part of a global batch: b pairs."""
+
+    images: Tensor | None
+    """(b, 3, H, W) float32, normalised for the encoder; None for a data set of features."""
+
+    patches: Tensor | None
+    """(b, n, D) float32 patch tokens; None for a data set of pictures."""
+
+    patch_ids: Tensor | None
+    """(b, n) int64, ascending: which of a picture's patches ``patches`` holds; None where it holds all."""
+
+    grid: tuple[int, int] | None
+    """Rows and columns of patches of a whole picture; None for a data set of pictures (the encoder decides)."""
+
+    texts: list[str]
+    """b texts, one a picture."""
+
+    text_vectors: Tensor | None
+    """(b, Dt) float32: the text tower's vectors of ``texts``; None where the data set holds none."""
+
+    text_ids: Tensor
+    """(b,) int64: what each text says; for a noun prompt the noun, whatever the template."""
+
+    image_text_ids: Tensor
+    """(b, K) int64: all that is known to be true of each picture (its captions and nouns), padded with -1."""
+
+    keys: list[str]
+    """WebDataset keys of the samples."""
+
+    captions: list[list[str]]
+    """All captions of each picture."""
+
+    nouns: list[list[str]]
+    """All nouns of each picture's captions, where data preparation wrote them."""
+
+    position_after: int
+    """Samples consumed by all ranks when this batch is done."""
+
+    skipped: dict[str, int]
+    """Samples of this batch that could not be used, by cause. In training each one's place is taken by a neighbour in
+    the batch, so that all ranks keep the same shape; in ordered mode the batch is shorter."""
+
+    patch_sample: int = 0
+    """Patches of a picture that take part in the step; 0 for all."""
+
+    patch_seeds: list[int] = field(default_factory=list)
+    """b seeds, from (seed, epoch, key), that decide which patches take part."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def sampled(self, tokens_BTD: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Of the encoder's tokens of the pictures ``rows``, those that take part in this step.
+
+        Args:
+            tokens_BTD: (rows, T, D), any type and device.
+            rows: which pictures of the batch they belong to.
+
+        Returns:
+            (rows, n, D) with n = ``patch_sample``, in the order of the patches; ``tokens_BTD`` itself where all take
+            part.
+        """
+        count, tokens = self.patch_sample, tokens_BTD.shape[1]
+        if not 0 < count < tokens:
+            return tokens_BTD
+        ids = np.stack([draw_patches(tokens, count, seed) for seed in self.patch_seeds[rows]])
+        ids_BN1 = torch.from_numpy(ids).to(tokens_BTD.device)[:, :, None]
+        return torch.take_along_dim(tokens_BTD, ids_BN1, dim=1)
+
+
+def draw_patches(tokens: int, count: int, seed: int) -> np.ndarray:
+    """``count`` of the patch numbers below ``tokens``, ascending, int64; the same for the same seed."""
+    noise = np.random.Philox(key=seed).random_raw(tokens)
+    return np.sort(np.argpartition(noise, count)[:count])

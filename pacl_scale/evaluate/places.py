@@ -1,0 +1,96 @@
+"""Files of a data set wherever they lie: folders, URLs, and zip or tar archives as they were downloaded.
+
+An address may lead into an archive: ``/data/ADEChallengeData2016.zip/ADEChallengeData2016/images`` or
+``s3://bucket/voc.tar/VOCdevkit``. Archives are listed once and stay open; reads of one archive take turns.
+"""
+
+import functools
+import threading
+
+import fsspec
+from fsspec import AbstractFileSystem
+
+from pacl_scale import storage
+from pacl_scale.errors import UserError
+
+ARCHIVES = {".zip": "zip", ".tar": "tar"}
+
+
+def read(address: str) -> bytes:
+    """The content of the file at ``address``. Raises :class:`UserError` where it cannot be read."""
+    archive, inner = _split(address)
+    if archive is None:
+        return storage.read_bytes(address)
+    files, lock = _opened(archive)
+    with lock, storage.explained(address):
+        return files.cat_file(inner)
+
+
+def is_folder(address: str) -> bool:
+    """Whether there is a folder (or an archive, which holds one) at ``address``."""
+    archive, inner = _split(address)
+    if archive is None:
+        files, path = storage.filesystem(address)
+        with storage.explained(address):
+            return files.isdir(path)
+    if not storage.exists(archive):
+        return False
+    files, lock = _opened(archive)
+    with lock, storage.explained(address):
+        return not inner or files.isdir(inner)
+
+
+def is_file(address: str) -> bool:
+    """Whether there is a file at ``address``."""
+    archive, inner = _split(address)
+    if archive is None:
+        files, path = storage.filesystem(address)
+        with storage.explained(address):
+            return files.isfile(path)
+    if not storage.exists(archive):
+        return False
+    files, lock = _opened(archive)
+    with lock, storage.explained(address):
+        return files.isfile(inner)
+
+
+def names(folder: str) -> list[str]:
+    """Paths of all files below ``folder``, relative to it, sorted; folders of folders are gone through."""
+    archive, inner = _split(folder)
+    if archive is None:
+        files, path = storage.filesystem(folder)
+        with storage.explained(folder):
+            found = files.find(path)
+    else:
+        files, lock = _opened(archive)
+        path = inner
+        with lock, storage.explained(folder):
+            found = files.find(path)
+    start = len(path.strip("/")) + 1 if path.strip("/") else 0
+    return sorted(name.strip("/")[start:] for name in found)
+
+
+def _split(address: str) -> tuple[str | None, str]:
+    """The archive that ``address`` leads into, if any, and the path inside it."""
+    for suffix in ARCHIVES:
+        head, found, inner = (address + "/").partition(f"{suffix}/")
+        if found:
+            archive = head + suffix
+            files, path = storage.filesystem(archive)
+            with storage.explained(archive):
+                if not files.isdir(path):
+                    return archive, inner.strip("/")
+    return None, address
+
+
+@functools.lru_cache(maxsize=8)
+def _opened(archive: str) -> tuple[AbstractFileSystem, threading.Lock]:
+    suffix = archive[-4:]
+    try:
+        with storage.explained(archive):
+            return fsspec.filesystem(ARCHIVES[suffix], fo=archive, skip_instance_cache=True), threading.Lock()
+    except UserError:
+        raise
+    except Exception as error:
+        # zipfile and tarfile raise their own kinds for a damaged archive.
+        raise UserError(f"{archive} cannot be opened as an archive ({error}); download it again") from error

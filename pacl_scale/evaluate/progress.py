@@ -1,0 +1,111 @@
+"""Counts of finished pictures on disk: an interrupted evaluation goes on, several processes share one data set.
+
+``<run>/evals/progress/<key>/<part>of<parts>.jsonl`` gets one line a picture, as soon as it is counted. The key stands
+for everything the counts depend on, so that other settings never find them.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pacl_scale import storage
+from pacl_scale.errors import UserError
+from pacl_scale.evaluate.rows import FOLDER
+from pacl_scale.evaluate.tallies import PictureCounts
+
+Counts = dict[str, PictureCounts]
+"""Method to its counts of one picture."""
+
+
+@dataclass
+class Progress:
+    """The counts of one process's part of a data set, and those that the others have written."""
+
+    folder: Path | None
+    """None remembers nothing on disk."""
+    part: int
+    parts: int
+    found: dict[str, Counts] = field(default_factory=dict)
+
+    @classmethod
+    def forgetful(cls, pictures: int) -> "Progress":
+        """All ``pictures`` are this process's, and nothing is written."""
+        return cls(None, 0, 1)
+
+    @classmethod
+    def open(cls, output: str, depends_on: Any, part: int, parts: int) -> "Progress":
+        """Go on from what is there below ``output``, a run directory.
+
+        Args:
+            output: a run directory; of a URL nothing is remembered.
+            depends_on: plain values that decide the counts.
+            part: number of this process, from 0.
+            parts: how many share the data set.
+
+        Raises:
+            UserError: several parts with an output that is no folder.
+        """
+        if not storage.is_local(output):
+            if parts > 1:
+                raise UserError("parts need an output that is a folder all of them see, not a URL")
+            return cls(None, 0, 1)
+        key = hashlib.blake2b(json.dumps(depends_on, sort_keys=True).encode(), digest_size=8).hexdigest()
+        progress = cls(Path(output.removeprefix("file://")) / FOLDER / "progress" / key, part, parts)
+        own = progress._file(part)
+        progress.found = _read(own)
+        if own.exists():
+            # A line cut off by the interruption must not become the beginning of the next one.
+            content = own.read_bytes()
+            own.write_bytes(content[: content.rfind(b"\n") + 1])
+        return progress
+
+    def remaining(self, names: list[str]) -> list[int]:
+        """Numbers of this part's pictures that are not counted yet."""
+        return [n for n in range(self.part, len(names), self.parts) if names[n] not in self.found]
+
+    def add(self, name: str, counts: Counts) -> None:
+        """A picture is finished; its line is on disk when this returns."""
+        self.found[name] = counts
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        line = json.dumps([name, {method: dataclasses.asdict(found) for method, found in counts.items()}])
+        with self._file(self.part).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def all_done(self, pictures: int) -> dict[str, Counts] | None:
+        """The counts of all parts, or None while pictures of another part are missing."""
+        every = dict(self.found)
+        for part in range(self.parts):
+            if part != self.part:
+                every |= _read(self._file(part))
+        return every if len(every) == pictures else None
+
+    def forget(self) -> None:
+        """Remove what is on disk: the rows are written."""
+        if self.folder is None or not self.folder.exists():
+            return
+        for part in range(self.parts):
+            self._file(part).unlink(missing_ok=True)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def _file(self, part: int) -> Path:
+        assert self.folder is not None, "only what is remembered has files"
+        return self.folder / f"{part}of{self.parts}.jsonl"
+
+
+def _read(path: Path) -> dict[str, Counts]:
+    """Whole lines only: the last one may have been cut off."""
+    if not path.exists():
+        return {}
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    found = {}
+    for line in whole.decode().splitlines():
+        name, methods = json.loads(line)
+        found[name] = {method: PictureCounts(**counts) for method, counts in methods.items()}
+    return found
