@@ -1,8 +1,8 @@
 """What a batch script asks about its run: ``python -m pacl_scale.job claim|requeue RUN``, inside a Slurm job.
 
 ``claim`` comes before training: only one living job may train in a run directory. ``requeue`` comes after a training
-that saved and ended with :data:`pacl_scale.errors.EXIT_REQUEUE`: it says whether the job should be queued again, and
-does so. ``<run>/job.json`` holds what is known of the run's job. Light to import: a batch script waits for it.
+that ended before its end and not by a user's mistake: it says whether the job should be queued again, and does so.
+``<run>/job.json`` holds what is known of the run's job. Light to import: a batch script waits for it.
 """
 
 import json
@@ -108,7 +108,7 @@ def requeue(run: Path, job: str, attempts: int) -> None:
         # Cancelled, or queued again by somebody else: not ours to decide.
         print(f"job {job} is {state or 'gone'} and is not queued again from here", flush=True)
         return
-    print(f"job {job} saved step {newest} and is queued again", flush=True)
+    print(f"job {job} is queued again; its newest checkpoint is that of step {newest}", flush=True)
     ask_slurm("scontrol", "requeue", job)
 
 

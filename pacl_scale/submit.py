@@ -1,8 +1,9 @@
 """Queue a training on a Slurm cluster: ``python -m pacl_scale.submit --nodes 8 --cluster FILE --config FILE ...``.
 
-The batch script claims the run directory, starts one trainer per GPU, and queues its job again when the trainers say
-that they saved and were asked to stop: ahead of a time limit, at a preemption, or by ``scancel --signal``. A job that
-is started again, by whomever, resumes. ``slurm/train.sh`` is the same by hand.
+The batch script claims the run directory, starts one trainer per GPU, and queues its job again when the trainers ended
+before their end: asked to stop (ahead of a time limit, at a preemption, by ``scancel --signal``) or because a rank or a
+node was lost; not for a mistake in the settings, and not for ever. A job that is started again, by whomever, resumes.
+``slurm/train.sh`` is the same by hand.
 """
 
 import os
@@ -17,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 from pacl_scale import config, job
-from pacl_scale.errors import EXIT_REQUEUE, UserError, run_command
+from pacl_scale.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError, run_command
 
 PROG = "python -m pacl_scale.submit"
 LOCAL = "local"
@@ -279,9 +280,9 @@ def executor_for(settings: SubmitConfig, run: Path) -> Any:
         ],
         teardown=[
             "status=$?",
-            f"case $status in {EXIT_REQUEUE}|138|140|143)  # saved and stopped, or a signal before there was anything",
+            f"if [ $status != 0 ] && [ $status != {EXIT_USER_ERROR} ]; then",
             f"    {command} requeue {name} --attempts={settings.attempts} || status=$?",
-            "esac",
+            "fi",
             "exit $status",
         ],
         **{key: value for key, value in optional.items() if value is not None},

@@ -32,8 +32,9 @@ trap : TERM
 srun --wait=120 ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} $python -m pacl_scale.train "$@" run="$run"
 status=$?
 
-# 75: saved, and stopped because of a signal; 128 + USR1, USR2 or TERM: a signal before there was anything to save.
-case $status in
-    75 | 138 | 140 | 143) $python -m pacl_scale.job requeue "$run" || status=$? ;;
-esac
+# 2 is a mistake in the settings. All else (75: saved because of a signal; a lost rank or node; a crash) is tried again,
+# a few times in a row at most if no newer checkpoint comes of it.
+if [ $status != 0 ] && [ $status != 2 ]; then
+    $python -m pacl_scale.job requeue "$run" || status=$?
+fi
 exit $status

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "unshare")
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
@@ -98,6 +100,12 @@ class Cluster:
             for pid in self._processes_of(name):
                 _kill(pid, signal.SIGKILL)
         self._daemons.pop(name).wait(10)
+
+    def kill_training(self, name: str) -> None:
+        """Kill the Python processes of job steps on a node; the node goes on."""
+        for process in map(psutil.Process, self._processes_of(name)):
+            if process.name().startswith("python") and "SLURM_PROCID" in process.environ():
+                process.kill()
 
     def stop(self) -> None:
         """Cancel all jobs, then end every process of the cluster."""

@@ -56,7 +56,7 @@ def expected(features: str, tmp_path_factory: pytest.TempPathFactory) -> list[fl
 def words_for(features: str, run: Path, **changes: Any) -> list[str]:
     """The words of the command that trains the recipe."""
     settings: TrainConfig = settings_for(
-        features, run, steps=STEPS, checkpoint=CheckpointConfig(every_steps=1000), **changes
+        features, run, **({"steps": STEPS, "checkpoint": CheckpointConfig(every_steps=1000)} | changes)
     )
     values = config.to_dict(settings)
     values["distributed"]["device"] = "cpu"
@@ -128,6 +128,32 @@ def test_a_plain_batch_script_survives_a_signal_and_an_administrator(
     cluster.run("scontrol", "requeue", number)
     finished(cluster, number, run)
     assert cluster.field(number, "Restarts") == "2"
+    assert curve(run) == expected
+
+
+def test_a_killed_rank_is_no_end(cluster: Cluster, features: str, expected: list[float], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    number = submitted(words_for(features, run, checkpoint=CheckpointConfig(every_steps=10)))
+    wait_for_step(run, 12)
+    cluster.kill_training("n2")
+    until(lambda: cluster.field(number, "Restarts") == "1", 150, lambda: said(run))
+    finished(cluster, number, run)
+    assert "rank 0 lost another rank in step" in said(run)
+    assert curve(run) == expected
+
+
+def test_a_node_that_loses_power_is_no_end(
+    cluster: Cluster, features: str, expected: list[float], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    number = submitted(words_for(features, run, checkpoint=CheckpointConfig(every_steps=10)))
+    wait_for_step(run, 12)
+    cluster.power_off("n2")
+    try:
+        until(lambda: cluster.field(number, "Restarts") != "0", 150, lambda: said(run))
+    finally:
+        cluster.power_on("n2")
+    finished(cluster, number, run)
     assert curve(run) == expected
 
 
