@@ -14,7 +14,7 @@ EXIT_INTERRUPTED = 130
 EXIT_FAILED = 1
 """Exit status of a :class:`RunFailed`."""
 
-EXIT_REQUEUE = REQUEUE = 75
+EXIT_REQUEUE = 75
 """Exit status of a run that saved and stopped because it was asked to: start it again (EX_TEMPFAIL of sysexits)."""
 
 

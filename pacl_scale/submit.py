@@ -19,10 +19,10 @@ from typing import Any
 
 from pacl_scale import config, job
 from pacl_scale.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError, run_command
+from pacl_scale.signals import STOPPING
 
 PROG = "python -m pacl_scale.submit"
 LOCAL = "local"
-STOPPING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 
 
 @dataclass
