@@ -316,6 +316,8 @@ def test_other_processes_can_stream_after_this_one_has(pairs: Path, method: str)
 
 INTERRUPTED = """
 import signal, sys, threading
+# A shell's background job is started with Ctrl-C ignored, and its children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, sys.argv[2])
 from test_data_stream import config, open_stream
 with open_stream(config(sys.argv[1]), 6) as stream:
