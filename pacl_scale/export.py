@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from pacl_scale import checkpoint, config, log, storage
 from pacl_scale.errors import UserError, run_command
 from pacl_scale.evaluate.command import columns
 from pacl_scale.evaluate.rows import read_rows
+from pacl_scale.pages import templates
 
 PROG = "python -m pacl_scale.export"
 CARD = "README.md"
@@ -116,21 +116,18 @@ def model_card(
     figures: list[dict[str, Any]],
 ) -> str:
     """The card as Markdown: what it is, how to use it, recipe, and the figures of the run's evaluations."""
-    environment = Environment(
-        loader=PackageLoader("pacl_scale"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("model_card.md.j2").render(
-        name=settings.name or settings.output.rstrip("/").rsplit("/", 1)[-1],
-        license=settings.license,
-        output=settings.push or settings.output,
-        info=info,
-        parameters=sum(tensor.numel() for tensor in weights.values()),
-        position=data.get("position"),
-        figures=figures,
+    return (
+        templates(html=False)
+        .get_template("model_card.md.j2")
+        .render(
+            name=settings.name or settings.output.rstrip("/").rsplit("/", 1)[-1],
+            license=settings.license,
+            output=settings.push or settings.output,
+            info=info,
+            parameters=sum(tensor.numel() for tensor in weights.values()),
+            position=data.get("position"),
+            figures=figures,
+        )
     )
 
 

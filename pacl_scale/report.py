@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
@@ -29,6 +28,7 @@ from pacl_scale.evaluate.masks import UNLABELLED
 from pacl_scale.evaluate.methods import MAJORITY, PACL, PATCH_ORACLE, UNTRAINED
 from pacl_scale.evaluate.rows import Row, read_rows
 from pacl_scale.metrics import read_metrics
+from pacl_scale.pages import templates
 
 PROG = "python -m pacl_scale.report"
 
@@ -133,13 +133,7 @@ def write_report(
     rows = read_rows(evaluated)
     if not rows:
         raise UserError(f"{evaluated} has no evaluation yet; run python -m pacl_scale.evaluate first")
-    environment = Environment(
-        loader=PackageLoader("pacl_scale"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(html=True)
     environment.filters |= {"percent": percent, "duration": duration, "number": lambda value: f"{value:,}"}
     segmentation = _by_data_set(rows, "segmentation")
     page = environment.get_template("report.html.j2").render(

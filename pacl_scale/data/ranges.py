@@ -234,6 +234,7 @@ class FsspecClient:
                 self._sizes[name] = self._files.info(path).get("size")
             return Piece(self._files.cat_file(path, start=start, end=stop), self._sizes[name], None)
         except (FileNotFoundError, PermissionError, NotImplementedError):
+            # These do not pass: asking again would only delay the reader's sentence.
             raise
         except Exception as error:
             # Every protocol has its own errors (aiohttp's, paramiko's, ...); what does not pass ends the tries.

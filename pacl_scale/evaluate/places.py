@@ -6,6 +6,7 @@ An address may lead into an archive: ``/data/ADEChallengeData2016.zip/ADEChallen
 
 import functools
 import threading
+from typing import Literal
 
 import fsspec
 from fsspec import AbstractFileSystem
@@ -29,29 +30,28 @@ def read(address: str) -> bytes:
 def is_folder(address: str) -> bool:
     """Whether there is a folder (or an archive, which holds one) at ``address``."""
     archive, inner = _split(address)
-    if archive is None:
-        files, path = storage.filesystem(address)
-        with storage.explained(address):
-            return files.isdir(path)
-    if not storage.exists(archive):
-        return False
-    files, lock = _opened(archive)
-    with lock, storage.explained(address):
-        return not inner or files.isdir(inner)
+    if archive is not None and not inner:
+        # Opened at once, so that a damaged one is named here.
+        return storage.exists(archive) and bool(_opened(archive))
+    return _is(address, "isdir")
 
 
 def is_file(address: str) -> bool:
     """Whether there is a file at ``address``."""
+    return _is(address, "isfile")
+
+
+def _is(address: str, what: Literal["isdir", "isfile"]) -> bool:
     archive, inner = _split(address)
     if archive is None:
         files, path = storage.filesystem(address)
         with storage.explained(address):
-            return files.isfile(path)
+            return getattr(files, what)(path)
     if not storage.exists(archive):
         return False
     files, lock = _opened(archive)
     with lock, storage.explained(address):
-        return files.isfile(inner)
+        return getattr(files, what)(inner)
 
 
 def names(folder: str) -> list[str]:

@@ -31,8 +31,8 @@ class Progress:
     found: dict[str, Counts] = field(default_factory=dict)
 
     @classmethod
-    def forgetful(cls, pictures: int) -> "Progress":
-        """All ``pictures`` are this process's, and nothing is written."""
+    def forgetful(cls) -> "Progress":
+        """All pictures are this process's, and nothing is written."""
         return cls(None, 0, 1)
 
     @classmethod
@@ -51,7 +51,7 @@ class Progress:
         if not storage.is_local(output):
             if parts > 1:
                 raise UserError("parts need an output that is a folder all of them see, not a URL")
-            return cls(None, 0, 1)
+            return cls.forgetful()
         key = hashlib.blake2b(json.dumps(depends_on, sort_keys=True).encode(), digest_size=8).hexdigest()
         progress = cls(Path(output.removeprefix("file://")) / FOLDER / "progress" / key, part, parts)
         own = progress._file(part)

@@ -71,7 +71,7 @@ def evaluate_segmentation(
     _check(name, classes, towers, protocol)
     positions = positions_of(classes, protocol)
     vectors = {word_set or OWN_WORDS: _vectors(towers, classes, word_set, protocol) for word_set in classes.word_sets()}
-    progress = progress or Progress.forgetful(len(data))
+    progress = progress or Progress.forgetful()
     numbers = progress.remaining([data.name(number) for number in range(len(data))])
     lattice = lattice_of(towers.vision, protocol)
     done = encoded_batches(data, numbers, towers, protocol, batch_size)
