@@ -12,7 +12,8 @@ from colours import write_captions, write_pictures, write_run
 from pacl_scale.errors import UserError
 from pacl_scale.evaluate import main as evaluate
 from pacl_scale.evaluate.rows import read_rows
-from pacl_scale.report import duration, main, percent, write_report
+from pacl_scale.report import main, write_report
+from pacl_scale.report.wording import duration, percent
 
 HOSTILE = "<script>alert(1)</script>"
 VOID_TAGS = {"meta", "link", "img", "input", "br", "path", "use"}

@@ -1,0 +1,55 @@
+"""How the page says things: the names of methods, shares as per cent, seconds as people say them."""
+
+import posixpath
+from collections.abc import Mapping
+from typing import Any
+
+from pacl_scale.evaluate.methods import MAJORITY, PACL, PATCH_ORACLE, UNTRAINED
+
+MEAN_POOLED = "mean_pooled"
+NAMES = {
+    PACL: "PACL",
+    MEAN_POOLED: "Mean-pooled",
+    UNTRAINED: "Untrained",
+    MAJORITY: "Majority class",
+    PATCH_ORACLE: "Patch oracle",
+}
+WHEN = {UNTRAINED: "before", PACL: "after"}
+MEANINGS = {
+    PACL: "The method: each caption pools the patches that fit it.",
+    MEAN_POOLED: "The same data, towers and budget, but every patch counts alike while training.",
+    UNTRAINED: "The same architecture with random weights.",
+    MAJORITY: "Answers the data set's most frequent true class everywhere; it peeks at the truth.",
+    PATCH_ORACLE: "Knows the true class of each patch: what this grid of patches could reach. No model does better "
+    "by much.",
+}
+PEEKING = (MAJORITY, PATCH_ORACLE)
+ORDER = (PACL, MEAN_POOLED, UNTRAINED)
+"""Methods in reading order; the others follow, those that peek last."""
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share as a number of per cent, without the sign; a dash where there is none."""
+    return "–" if share is None else f"{100 * share:.{digits}f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a reader says them."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def name_of(method: str) -> str:
+    """A method as the page calls it."""
+    return NAMES.get(method, method.replace("_", " "))
+
+
+def bars(values: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Name, value and share of the largest, for bars."""
+    largest = max(values.values(), default=0) or 1
+    return [
+        {"name": posixpath.basename(name).replace("_", " "), "value": value, "share": value / largest}
+        for name, value in values.items()
+    ]
