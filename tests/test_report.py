@@ -159,6 +159,25 @@ def test_curve_follows_light_and_dark(run: Path) -> None:
     assert "prefers-color-scheme: dark" in html
 
 
+def test_page_shows_where_each_word_fits(run: Path) -> None:
+    html = whole_page(run)
+    assert html.count("<details>") == 3 and "Where each word fits, by PACL" in html
+    assert re.search(r'aria-label="How well “green” fits each part of \d.png"', html)
+
+
+def test_published_figures_stand_beside_with_their_differences(run: Path) -> None:
+    for path in (run / "evals").glob("blocks-*.json"):
+        row = json.loads(path.read_text())
+        row["data"] |= {"layout": "voc_20", "of": 1449}
+        path.write_text(json.dumps(row))
+    text = " ".join(Page(whole_page(run)).text.split())
+    part = text.split("What others published on blocks")[1].split("Finding captions")[0]
+    assert part.index("CorrCLIPv2-L") < part.index("NACLIP") < part.index("CLIP-DINOiser") < part.index("TCL")
+    assert "MaskCLIP Zhou et al., ECCV 2022, as compared later mIoU 74.9" in part
+    assert "6 of 1449 pictures here" in part and "refined with PAMR there" in part
+    assert "size: 0 here, 448 there" in part and "not stated there" in part
+
+
 def test_the_same_run_gives_the_same_page(run: Path) -> None:
     assert whole_page(run) == whole_page(run)
 

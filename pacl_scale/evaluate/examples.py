@@ -9,21 +9,24 @@ import dataclasses
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from pacl_scale import storage
 from pacl_scale.evaluate import overlay
 from pacl_scale.evaluate.classes import ClassList
+from pacl_scale.evaluate.heat import heat_png, small_size, word_maps
+from pacl_scale.evaluate.labels import View
 from pacl_scale.evaluate.masks import index_png
 from pacl_scale.evaluate.methods import Method, Towers
 from pacl_scale.evaluate.pictures import AnnotatedPictures
 from pacl_scale.evaluate.protocol import Protocol, vectors_for
 from pacl_scale.evaluate.rows import FOLDER, Row
-from pacl_scale.evaluate.segmentation import encoded_batches, predict
+from pacl_scale.evaluate.segmentation import encoded_batches, predict, score_maps
 from pacl_scale.evaluate.views import lattice_of
 
 TRUTH = "truth"
@@ -51,6 +54,9 @@ class Example:
     """Method to its mIoU and pixel accuracy on this picture."""
     files: dict[str, str]
     """"picture", "truth", "strip" and each method to a file name beside this list."""
+    heat: dict[str, Any] = field(default_factory=dict)
+    """The main method's score maps: "method"; "low" and "high", the cosines that values 0 and 255 of the PNGs stand
+    for; "files", word to file name."""
 
 
 def folder_of(run: str, data_set: str, protocol: str) -> str:
@@ -92,17 +98,23 @@ def write_examples(
     background = classes.background_position if applies else None
     asked = vectors_for(towers.text, classes.synonyms(), protocol, applies and protocol.background == "words")
     asked = asked.to(towers.device)
-    drawn: dict[str, tuple[Image.Image, dict[str, np.ndarray]]] = {}
+    drawn: dict[str, tuple[Image.Image, dict[str, np.ndarray], list[tuple[View, Tensor]]]] = {}
     for prepared, tokens in encoded_batches(data, [numbers[n] for _, n in chosen], towers, protocol, 1):
         truth_HW = prepared.truth_HW
         labels = {m.name: predict(tokens, m, asked, truth_HW.shape, lattice, protocol, background)[0] for m in methods}
-        drawn[data.name(prepared.number)] = (prepared.picture, {TRUTH: truth_HW, **labels})
+        maps = score_maps(tokens, methods[-1], asked)
+        drawn[data.name(prepared.number)] = (prepared.picture, {TRUTH: truth_HW, **labels}, maps)
     examples = []
     for number, (rank, name) in enumerate(chosen):
-        picture, labels = drawn[name]
+        picture, labels, maps = drawn[name]
         scores = {row.method: row.per_picture[name] for row in rows if name in row.per_picture}
         stem = f"{number:02d}-{rank}"
-        examples.append(_write_example(folder, stem, rank, name, picture, labels, scores, data.classes))
+        example, shown = _write_example(folder, stem, rank, name, picture, labels, scores, data.classes)
+        size = small_size(picture.height, picture.width)
+        # Background that a rule answers has no score of its own.
+        scored = {c: word for c, word in shown.items() if c < asked.classes}
+        example.heat = _write_heat(folder, stem, methods[-1].name, scored, word_maps(maps, [*scored], size, lattice))
+        examples.append(example)
     listing = {"version": 1, "examples": [dataclasses.asdict(example) for example in examples]}
     storage.write_bytes(storage.join(folder, "examples.json"), (json.dumps(listing, indent=1) + "\n").encode())
     return folder
@@ -117,7 +129,8 @@ def _write_example(
     labels: dict[str, np.ndarray],
     scores: dict[str, dict[str, Any]],
     classes: ClassList,
-) -> Example:
+) -> tuple[Example, dict[int, str]]:
+    """Write one example; returns it, and the classes (by position) that have a word of their own on it."""
     # Background, where it is a label, comes after the classes.
     every_word = [*classes.names, "background"]
     shown, in_truth = _words_shown(labels, len(every_word))
@@ -141,7 +154,19 @@ def _write_example(
         storage.write_bytes(storage.join(folder, files[method]), index_png(small_HW, colours))
         panels.append(_panel(small, small_HW, _nearest(labels[TRUTH], size) >= 0, words, colours))
     storage.write_bytes(storage.join(folder, files["strip"]), _encoded(_strip(panels, labels, words, colours), "PNG"))
-    return Example(rank, name, words, colours, in_truth, scores, files)
+    example = Example(rank, name, words, colours, in_truth, scores, files)
+    return example, {c: every_word[c] for c in shown}
+
+
+def _write_heat(folder: str, stem: str, method: str, words: dict[int, str], maps_nHW: np.ndarray) -> dict[str, Any]:
+    if not words:
+        return {}
+    low, high = float(maps_nHW.min()), float(maps_nHW.max())
+    files = {}
+    for number, (word, scores_HW) in enumerate(zip(words.values(), maps_nHW, strict=True)):
+        files[word] = f"{stem}-heat-{number}.png"
+        storage.write_bytes(storage.join(folder, files[word]), heat_png(scores_HW, low, high))
+    return {"method": method, "low": round(low, 4), "high": round(high, 4), "files": files}
 
 
 def _panel(

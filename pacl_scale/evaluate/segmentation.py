@@ -180,11 +180,18 @@ def predict(
 ) -> tuple[np.ndarray, Tensor]:
     """Class positions (H, W) int64 of one picture from its views' tokens, and the first view's maps (C, h, w)."""
     out = (size[0], size[1])
-    maps = [(view, patch_scores(method.embed(tokens_1TD), vectors, grid)[0]) for view, tokens_1TD, grid in tokens]
+    maps = score_maps(tokens, method, vectors)
     labels_HW, _ = label_pixels(
         lambda portion: merged(maps, portion, out, lattice), vectors.classes, protocol, background
     )
     return labels_HW.cpu().numpy(), maps[0][1]
+
+
+def score_maps(
+    tokens: Sequence[tuple[View, Tensor, tuple[int, int]]], method: Method, vectors: ClassVectors
+) -> list[tuple[View, Tensor]]:
+    """Each view with its scores (C, h, w) on patches."""
+    return [(view, patch_scores(method.embed(tokens_1TD), vectors, grid)[0]) for view, tokens_1TD, grid in tokens]
 
 
 def count_picture(

@@ -55,8 +55,20 @@ def _example(folder: str, example: Mapping[str, Any]) -> dict[str, Any]:
         "height": truth_HW.shape[0],
         "words": swatches,
         "unscored": bool((truth_HW == UNLABELLED).any()),
+        "heat": _heat(folder, example.get("heat") or {}),
         "panels": [_panel(name, labels[name], truth_HW, palette, example) for name in order],
     }
+
+
+def _heat(folder: str, heat: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The score map of each word, and what its darkest and brightest mean; None for an evaluation without them."""
+    if not heat:
+        return None
+    maps = [
+        {"word": word, "png": _png_url(storage.read_bytes(storage.join(folder, f)))}
+        for word, f in heat["files"].items()
+    ]
+    return {"method": name_of(heat["method"]), "low": heat["low"], "high": heat["high"], "maps": maps}
 
 
 def _panel_place(method: str) -> int:
@@ -107,4 +119,8 @@ def _mask_png(labels_HW: np.ndarray, scored_HW: np.ndarray, palette: Sequence[ov
     drawn_HW4[overlay.borders(labels_HW) & scored_HW] = (10, 10, 10, 255)
     buffer = io.BytesIO()
     Image.fromarray(drawn_HW4).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return _png_url(buffer.getvalue())
+
+
+def _png_url(content: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(content).decode()

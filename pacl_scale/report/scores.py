@@ -8,6 +8,7 @@ import numpy as np
 from pacl_scale.evaluate.command import columns
 from pacl_scale.evaluate.examples import folder_of
 from pacl_scale.evaluate.methods import PATCH_ORACLE
+from pacl_scale.evaluate.published import beside
 from pacl_scale.evaluate.rows import Row
 from pacl_scale.report.gallery import examples_of
 from pacl_scale.report.wording import ORDER, PEEKING, WHEN, name_of
@@ -87,6 +88,7 @@ def segmentation(run: str, rows: Sequence[Row]) -> dict[str, Any]:
             for name, group in first.scores["groups"].items()
         ],
         "confusions": _confusions(first),
+        "published": _published(first),
         "classes_bars": _class_bars([row for row in rows if row.method not in PEEKING]),
         "examples": examples_of(folder_of(run, first.data_set, first.protocol["name"])),
     }
@@ -102,6 +104,23 @@ def retrieval(rows: Sequence[Row]) -> dict[str, Any]:
         "chance": min(1.0, 10 / first.pictures),
         "table": _table(rows),
     }
+
+
+def _published(row: Row) -> list[dict[str, Any]]:
+    """Others' figures on the same data set, highest first, with what keeps them from being compared with ``row``."""
+    metrics = {"miou": "mIoU", "patch_accuracy": "patch accuracy"}
+    found = [
+        {
+            "method": figure.method,
+            "metric": metrics[figure.metric],
+            "value": figure.value,
+            "own": row.scores.get(figure.metric),
+            "source": figure.source,
+            "differences": differences,
+        }
+        for figure, differences in beside(row)
+    ]
+    return sorted(found, key=lambda line: (line["metric"], -line["value"]))
 
 
 def _confusions(row: Row) -> list[dict[str, Any]]:
