@@ -7,11 +7,13 @@ stage, precision and world size can restore what any other wrote, and the file i
 
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from pacl_scale.distributed import World
 from pacl_scale.errors import UserError
@@ -23,6 +25,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 STATE_PARTS = ("master", *MOMENTS)
 
+SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
 
 @dataclass
 class EngineConfig:
@@ -31,13 +35,43 @@ class EngineConfig:
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What ZeRO shards over the ranks: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
 
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Compute dtype of towers, embedder and similarity; masters and moments are always float32."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Compute dtype of towers, embedder and similarity; masters and moments are always float32. fp16, for GPUs without
+    bfloat16, scales the loss so that small gradients are not lost, by a factor that finds itself."""
+
+    loss_scale_power: int = 16
+    """fp16: the loss is multiplied by 2 to this power at the start."""
+
+    loss_scale_window: int = 1000
+    """fp16: steps without an overflow after which the factor is doubled; an overflow halves it. DeepSpeed takes the
+    step of the doubling with half its gradient."""
+
+    offload_optimizer: bool = False
+    """Keep masters and moments in the memory of the CPU, and update there; needs zero_stage 1, 2 or 3."""
+
+    shard_towers: bool = False
+    """Each rank keeps its part of every block of the frozen vision tower, and gathers a block while it computes: for
+    towers that are larger than one GPU."""
+
+    compile_towers: str | None = None
+    """torch.compile the blocks of the frozen vision tower with this backend, as in "inductor", which needs a C++
+    compiler on the nodes; null compiles nothing."""
+
+    def __post_init__(self) -> None:
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3")
+        if self.precision == "fp16" and self.zero_stage == 0:
+            # DeepSpeed 0.19 clips by another norm there: the update depends on the loss scale.
+            raise ValueError("engine.precision fp16 needs engine.zero_stage 1, 2 or 3")
+        if self.loss_scale_power < 0 or self.loss_scale_window < 1:
+            raise ValueError("engine.loss_scale_power must be at least 0 and loss_scale_window at least 1")
+        if self.shard_towers and self.compile_towers:
+            raise ValueError("engine.shard_towers and compile_towers exclude each other; choose one")
 
     @property
     def dtype(self) -> torch.dtype:
         """The compute dtype as torch names it."""
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.precision]
 
 
 def start(
@@ -54,21 +88,83 @@ def start(
         raise RuntimeError("start the process group first (pacl_scale.distributed.joined)")
     backend = torch.distributed.get_backend()
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    if config.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
+        raise UserError("engine.precision is fp16, which this device does not compute in; take bf16 or fp32")
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=build_optimizer(optim, model),
-        config={
-            "train_micro_batch_size_per_gpu": micro_batch_size,
-            "gradient_accumulation_steps": accumulation,
-            "bf16": {"enabled": config.precision == "bf16"},
-            "gradient_clipping": optim.gradient_clipping,
-            "zero_optimization": {"stage": config.zero_stage},
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 10**12,
-        },
+        config=_deepspeed_settings(config, optim, micro_batch_size, accumulation),
     )
     _lay_out_state(engine, config, model)
     return engine
+
+
+def _deepspeed_settings(
+    config: EngineConfig, optim: OptimConfig, micro_batch_size: int, accumulation: int
+) -> dict[str, Any]:
+    """DeepSpeed's own configuration."""
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "fp16": {
+            "enabled": config.precision == "fp16",
+            "initial_scale_power": config.loss_scale_power,
+            "loss_scale_window": config.loss_scale_window,
+        },
+        "gradient_clipping": optim.gradient_clipping,
+        "zero_optimization": zero,
+        # torch's AdamW updates on the CPU as well as DeepSpeed's, which would have to be compiled at the start.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**12,
+    }
+
+
+def loss_scaler(engine: Any, config: EngineConfig) -> dict[str, float]:
+    """State of fp16's loss scaling, for checkpoints; empty in other precisions."""
+    if config.precision != "fp16":
+        return {}
+    scaler = engine.optimizer.loss_scaler
+    return {name: getattr(scaler, name) for name in SCALER_STATE if getattr(scaler, name, None) is not None}
+
+
+def restore_loss_scaler(engine: Any, config: EngineConfig, state: dict[str, float]) -> None:
+    """Put back what :func:`loss_scaler` returned; a checkpoint of another precision has none, and the search begins."""
+    if config.precision == "fp16":
+        for name, value in state.items():
+            if name in SCALER_STATE and hasattr(engine.optimizer.loss_scaler, name):
+                setattr(engine.optimizer.loss_scaler, name, value)
+
+
+def overflowed(engine: Any, config: EngineConfig) -> bool:
+    """Whether the last step was not taken because fp16's loss scale was too large, which is part of finding it."""
+    return config.precision == "fp16" and not engine.was_step_applied() and engine.optimizer.loss_scaler.cur_scale > 1
+
+
+def prepare_tower(config: EngineConfig, blocks: Sequence[nn.Module], world: World) -> None:
+    """Shard or compile the blocks of a frozen tower, in place, if ``config`` says so.
+
+    Collective where it shards, and so is every later forward pass of a block: ranks pass equally many pictures.
+
+    Raises:
+        UserError: blocks that hold no parameters of their own, as those that are packed for bfloat16 on a CPU.
+    """
+    if config.compile_towers:
+        for block in blocks:
+            block.compile(backend=config.compile_towers)
+    if config.shard_towers and world.size > 1:
+        from torch.distributed.fsdp import fully_shard
+
+        if not all(any(True for _ in block.parameters()) for block in blocks):
+            raise UserError("engine.shard_towers cannot cut blocks packed for a CPU; use GPUs, or precision fp32")
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        for block in blocks:
+            # A block lets go of the others' parts as soon as it is done: one whole block at a time is in memory.
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:
@@ -135,6 +231,7 @@ def _lay_out_state(engine: Any, config: EngineConfig, model: PACLModel) -> None:
     weights and moments exactly as they are; only Adam's step counter moves, and it is put back. From here on a
     fresh run and a resumed one are the same code.
     """
+    before = loss_scaler(engine, config)
     token = torch.zeros(1, 1, model.embedder.linear1.in_features, device=engine.device)
     set_learning_rate(engine, 0.0)
     for _ in range(engine.gradient_accumulation_steps()):
@@ -146,6 +243,10 @@ def _lay_out_state(engine: Any, config: EngineConfig, model: PACLModel) -> None:
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     _set_step(engine, 0)
+    restore_loss_scaler(engine, config, before)
+    if config.precision == "fp16":
+        # At the smallest scale an overflow is a bad step like any other, not a reason to end here.
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     engine.global_steps = engine.micro_steps = engine.global_samples = 0
 
 

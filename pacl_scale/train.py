@@ -11,6 +11,7 @@ Shapes: b pictures on this rank, B in the global batch, T patches, Din / D width
 """
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -154,6 +155,7 @@ def train(settings: TrainConfig, world: World, stop: StopRequest | None = None) 
             width_in, tokens_of = stream.width, stream.features.vision
         else:
             vision = build_vision(settings.vision, world.device, settings.engine.dtype)
+            engine.prepare_tower(settings.engine, vision.blocks, world)
             stream.prepare_pictures_for(vision.preprocess)
             width_in, tokens_of = vision.width, vision.fingerprint()
         # What the embedder is made for; an evaluation refuses other towers.
@@ -169,11 +171,12 @@ def train(settings: TrainConfig, world: World, stop: StopRequest | None = None) 
         trainer = engine.start(settings.engine, settings.optim, model, world, micro_batch_size, accumulation)
         loss_of = PACLLoss(settings.loss)
 
-        first_step, updates = 1, 0
+        first_step, updates, overflows = 1, 0, 0
         if resume_from:
             info, state = checkpoint.load(resume_from)
             first_step, updates = info["step"] + 1, info.get("updates", info["step"])
             engine.restore_state(trainer, settings.engine, state, updates)
+            engine.restore_loss_scaler(trainer, settings.engine, info.get("loss_scaler", {}))
             stream.load_state(info["data"])
             logger.info("resumed", checkpoint=resume_from, step=info["step"], position=info["data"]["position"])
 
@@ -200,6 +203,8 @@ def train(settings: TrainConfig, world: World, stop: StopRequest | None = None) 
             if result.updated:
                 updates += 1
                 bad_steps.good()
+            elif math.isfinite(result.loss) and engine.overflowed(trainer, settings.engine):
+                overflows += 1
             else:
                 tokens, texts = (torch.cat([getattr(m, part) for m in micro_batches]) for part in ("tokens", "texts"))
                 bad_steps.bad(step, result.loss, batch.keys, tokens, texts)
@@ -209,6 +214,9 @@ def train(settings: TrainConfig, world: World, stop: StopRequest | None = None) 
                 values |= {"grad_norm": gradient_norm(trainer), "position": batch.position_after}
                 values |= clock.read(settings.global_batch_size) | {"skipped": sum(stream.skipped.values())}
                 values |= {"bad_steps": bad_steps.count}
+                if settings.engine.precision == "fp16":
+                    scale = engine.loss_scaler(trainer, settings.engine)["cur_scale"]
+                    values |= {"loss_scale": scale, "overflows": overflows}
                 values |= {"resident_mb": metrics.resident_mb(), "device_mb": metrics.device_mb(world.device)}
                 lines.write(values)
                 logger.info("step", **{k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()})
@@ -220,6 +228,7 @@ def train(settings: TrainConfig, world: World, stop: StopRequest | None = None) 
                 state = engine.gather_state(trainer, settings.engine)
                 if world.is_main:
                     info = {"config": config.to_dict(settings), "data": stream.state_after(batch), "updates": updates}
+                    info["loss_scaler"] = engine.loss_scaler(trainer, settings.engine)
                     writer.save(step, state, info | {"revision": metrics.revision(), **made_for})
             if agreed.stop and not done:
                 writer.wait()

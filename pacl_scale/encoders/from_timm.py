@@ -1,5 +1,6 @@
 """Vision towers of timm: plain vision transformers, and its others that give patch tokens (EVA, DINOv3)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -114,6 +115,11 @@ class TimmEncoder:
         return PatchTokens(
             tokens_BTD, (images_BCHW.shape[2] // self.patch_size, images_BCHW.shape[3] // self.patch_size)
         )
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """See :attr:`pacl_scale.encoders.vision.VisionEncoder.blocks`."""
+        return list(self._model.blocks)[: self._layer + 1]
 
     def fingerprint(self) -> dict[str, Any]:
         """See :meth:`pacl_scale.encoders.vision.VisionEncoder.fingerprint`."""

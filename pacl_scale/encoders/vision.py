@@ -4,11 +4,12 @@ B pictures, T patch tokens a picture in row order, D channels, h x w the patch g
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 NATIVE_SIZE_OF_DINOV2_LAYOUT = 224
 """DINOv2's positions are laid out for 518 px, seven times the work of the 224 px that it was mostly trained at."""
@@ -61,6 +62,11 @@ class VisionEncoder(Protocol):
         Raises:
             ValueError: H or W does not fit, or the tower cannot change its stride.
         """
+        ...
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """Its transformer blocks, for an engine that shards or compiles them in place."""
         ...
 
     def fingerprint(self) -> dict[str, Any]:

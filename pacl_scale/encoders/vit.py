@@ -39,6 +39,9 @@ class ViTParts:
     """After the last of them."""
     projection_DE: Tensor | None = None
     """Into another space; CLIP's joint one."""
+    joint_DE: Tensor | None = None
+    """The projection into the joint space even where ``projection_DE`` does not apply it: CLIP's own reading of tokens
+    of its last block. None where there is none, or where the tokens are another block's."""
     antialias_positions: bool = True
     """Whether interpolating ``positions_1TD`` to a smaller grid filters them; timm and open_clip do."""
 
@@ -71,6 +74,9 @@ class FrozenViT:
         self._prefix_1PD = parts.prefix_1PD.detach().to(device, dtype)
         self._projection_DE = None if parts.projection_DE is None else parts.projection_DE.detach().to(device, dtype)
         self._positions: dict[tuple[int, int], Tensor] = {}
+        self.norm: nn.Module = parts.norm
+        self.joint_DE = None if parts.joint_DE is None else parts.joint_DE.detach().to(device, dtype)
+        self.projected = parts.projection_DE is not None
 
     def encode(self, images_BCHW: Tensor, stride: int | None = None) -> PatchTokens:
         """See :meth:`pacl_scale.encoders.vision.VisionEncoder.encode`."""
@@ -84,6 +90,11 @@ class FrozenViT:
             if len(results) == 1:
                 return results[0]
             return PatchTokens(torch.cat([tokens_BTD for tokens_BTD, _ in results]), results[0].grid)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """See :attr:`pacl_scale.encoders.vision.VisionEncoder.blocks`."""
+        return self._parts.blocks
 
     def fingerprint(self) -> dict[str, Any]:
         """See :meth:`pacl_scale.encoders.vision.VisionEncoder.fingerprint`."""
