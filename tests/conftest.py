@@ -4,7 +4,7 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
-from training import write_features
+from training import VECTORS, write_features
 
 from pacl_scale.errors import UserError
 from pacl_scale.quickstart.store import ObjectStore, find_server
@@ -42,3 +42,9 @@ def s3_url(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> str:
 def features(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A data set of patch tokens, see :func:`training.write_features`."""
     return write_features(tmp_path_factory.mktemp("data") / "features")
+
+
+@pytest.fixture(scope="session")
+def quick_features(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same with text vectors beside them, for tests that train often."""
+    return write_features(tmp_path_factory.mktemp("data") / "quick_features", vectors=VECTORS)

@@ -42,7 +42,7 @@ def train_all(world: World, runs: list[TrainConfig]) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(features: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(quick_features: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One recipe in several precisions and places; starting ranks takes longer than the runs."""
     folder = tmp_path_factory.mktemp("runs")
     doubled = EngineConfig(2, "fp16", loss_scale_power=8, loss_scale_window=3)
@@ -50,12 +50,14 @@ def runs(features: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         2,
         train_all,
         [
-            settings_for(features, folder / "fp32"),
-            settings_for(features, folder / "offload", engine=EngineConfig(1, "fp32", offload_optimizer=True)),
-            settings_for(features, folder / "fp16", engine=EngineConfig(1, "fp16", loss_scale_power=10)),
-            settings_for(features, folder / "doubled", engine=doubled),
-            settings_for(features, folder / "doubled-resumed", engine=doubled),
-            settings_for(features, folder / "too-large", engine=EngineConfig(1, "fp16", loss_scale_power=28), steps=20),
+            settings_for(quick_features, folder / "fp32"),
+            settings_for(quick_features, folder / "offload", engine=EngineConfig(1, "fp32", offload_optimizer=True)),
+            settings_for(quick_features, folder / "fp16", engine=EngineConfig(1, "fp16", loss_scale_power=10)),
+            settings_for(quick_features, folder / "doubled", engine=doubled),
+            settings_for(quick_features, folder / "doubled-resumed", engine=doubled),
+            settings_for(
+                quick_features, folder / "too-large", engine=EngineConfig(1, "fp16", loss_scale_power=28), steps=20
+            ),
         ],
     )
     return folder

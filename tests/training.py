@@ -1,6 +1,7 @@
 """Small training runs for tests: made-up patch tokens, a recipe, and the curve that it gives."""
 
 import json
+import zlib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import webdataset
 
 from pacl_scale import metrics
 from pacl_scale.checkpoint import CheckpointConfig
+from pacl_scale.data.captions import PictureTexts, possible_texts
 from pacl_scale.data.features import FeatureFormat
 from pacl_scale.data.index import build_index
 from pacl_scale.data.stream import DataConfig
+from pacl_scale.data.vectors import VectorFormat
 from pacl_scale.encoders import TextEncoderConfig
 from pacl_scale.engine import EngineConfig
 from pacl_scale.optim import OptimConfig
@@ -21,10 +24,14 @@ from pacl_scale.train import TrainConfig
 
 THINGS = ("dog", "boat", "tree", "cup")
 TOKENS, WIDTH, SAMPLES, STEPS = 6, 8, 48, 6
+VECTORS = VectorFormat(16, {"source": "test"}, {"source": "package", "model": "all-minilm-l6-v2"})
 
 
-def write_features(root: Path, poisoned: Collection[int] = ()) -> str:
-    """Patch tokens in which a caption's thing can be told from one channel; those ``poisoned`` are not numbers."""
+def write_features(root: Path, poisoned: Collection[int] = (), vectors: VectorFormat | None = None) -> str:
+    """Patch tokens in which a caption's thing can be told from one channel; those ``poisoned`` are not numbers.
+
+    With ``vectors`` (:data:`VECTORS`) the texts' vectors lie beside them, so that no text tower is needed.
+    """
     layout = FeatureFormat(TOKENS, WIDTH, (2, 3), "bfloat16", {"source": "test"})
     random = np.random.default_rng(0)
     root.mkdir(exist_ok=True)
@@ -37,9 +44,19 @@ def write_features(root: Path, poisoned: Collection[int] = ()) -> str:
                 if number in poisoned:
                     tokens[:, :, 0] = float("nan")
                 texts = {"captions": [f"a {THINGS[kind]} number {number}"], "nouns": [THINGS[kind]]}
-                tar.write({"__key__": f"{number:07d}", "json": json.dumps(texts).encode(), **layout.pack(tokens)[0]})
-    build_index(str(root), kind="features", extra=layout.to_dict())
+                members = {"json": json.dumps(texts).encode(), **layout.pack(tokens)[0]}
+                if vectors:
+                    every = possible_texts(PictureTexts(**texts))
+                    members |= vectors.pack(torch.stack([made_up_vector(text) for text in every]))
+                tar.write({"__key__": f"{number:07d}", **members})
+    build_index(str(root), kind="features", extra=layout.to_dict() | (vectors.to_dict() if vectors else {}))
     return str(root)
+
+
+def made_up_vector(text: str) -> torch.Tensor:
+    """A text's vector, the sum of its words' random ones."""
+    seeds = [zlib.crc32(word.encode()) for word in text.split()]
+    return sum((torch.randn(VECTORS.width, generator=torch.Generator().manual_seed(s)) for s in seeds), torch.zeros(1))
 
 
 def settings_for(features: str, run: Path | str, **changes: Any) -> TrainConfig:
