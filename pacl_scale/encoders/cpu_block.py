@@ -66,6 +66,9 @@ class CpuBlock(nn.Module):
         return self._fc2(self._fc1(self._norm2(x_BTD)), x_BTD)
 
     def _attend(self, qkv_BTC: Tensor) -> Tensor:
+        if qkv_BTC.shape[1] == 1:
+            # A token alone attends to itself: what is left of attention is its value.
+            return qkv_BTC.chunk(3, dim=2)[2]
         qkv_BKHTd = qkv_BTC.unflatten(2, (3, self._heads, -1)).permute(0, 2, 3, 1, 4)
         if qkv_BTC.shape[1] > FEW_TOKENS:
             q_BHTd, k_BHTd, v_BHTd = qkv_BKHTd.unbind(1)

@@ -56,7 +56,14 @@ def parts_of(visual: VisionTransformer, config: VisionConfig) -> ViTParts:
         blocks=blocks_up_to(visual.transformer.resblocks, config.layer),
         norm=visual.ln_post if config.final_norm else nn.Identity(),
         projection_DE=visual.proj if config.projection else None,
+        joint_DE=visual.proj if _reads_as_clip(visual, config) else None,
     )
+
+
+def _reads_as_clip(visual: VisionTransformer, config: VisionConfig) -> bool:
+    """Whether the tokens are those that CLIP's own projection was trained on: of the last block, normalised."""
+    is_last = range(len(visual.transformer.resblocks))[config.layer] == len(visual.transformer.resblocks) - 1
+    return is_last and config.final_norm and not visual.final_ln_after_pool and visual.pool_type == "tok"
 
 
 def build_open_clip_text(config: TextEncoderConfig, device: torch.device, dtype: torch.dtype) -> TextTower:

@@ -16,6 +16,7 @@ from pacl_scale.evaluate.methods import (
     MAJORITY,
     PACL,
     PATCH_ORACLE,
+    TOWER_METHODS,
     UNTRAINED,
     Method,
     Towers,
@@ -43,11 +44,13 @@ class EvaluateConfig:
     """Method name to run directory or checkpoint, e.g. `{pacl: runs/a, mean_pooled: runs/b}`. All must have been
     trained on the same towers. `pacl`, or else the first, is the one that examples are chosen by."""
 
-    controls: list[Literal["untrained", "majority_class", "patch_oracle"]] = field(
+    controls: list[Literal["untrained", "clip", "maskclip", "value_path", "majority_class", "patch_oracle"]] = field(
         default_factory=lambda: [UNTRAINED, MAJORITY, PATCH_ORACLE]  # type: ignore[list-item]
     )
-    """untrained: the main method's architecture with random weights. majority_class: the data set's most frequent
-    true class everywhere. patch_oracle: the true majority class of each patch, the patch grid's upper bound."""
+    """untrained: the main method's architecture with random weights. clip: the same towers without PACL. maskclip: the
+    value path of their last layer (both need open_clip towers of one model). value_path: the main method on that path;
+    any plain transformer. majority_class: the data set's most frequent true class everywhere. patch_oracle: the true
+    majority class of each patch, the patch grid's upper bound."""
 
     untrained_seed: int = 0
     """Seed of the random weights of `untrained`."""
@@ -93,7 +96,7 @@ class EvaluateConfig:
             self.methods = {**self.methods, PACL: self.checkpoint}
         if not self.methods and not self.check_data:
             raise ValueError("name a checkpoint (--checkpoint RUN) or methods")
-        if taken := sorted({UNTRAINED, MAJORITY, PATCH_ORACLE} & set(self.methods)):
+        if taken := sorted({UNTRAINED, MAJORITY, PATCH_ORACLE, *TOWER_METHODS} & set(self.methods)):
             raise ValueError(f"methods: {', '.join(taken)} is the name of a control")
         for name in [*self.methods, *self.segmentation, *self.retrieval]:
             if not name.replace("_", "").replace(".", "").isalnum():
@@ -138,7 +141,8 @@ def evaluate(settings: EvaluateConfig) -> list[Row]:
     torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     seed = settings.untrained_seed if UNTRAINED in settings.controls else None
-    towers, methods = load_methods(checkpoints, seed, device, dtype)
+    beside = [name for name in settings.controls if name in TOWER_METHODS]
+    towers, methods = load_methods(checkpoints, seed, device, dtype, beside)
     output = settings.output or run_of(checkpoints[main])
     storage.check_writable(output)
 

@@ -18,7 +18,6 @@ from pacl_scale.evaluate.methods import Method, Towers
 from pacl_scale.evaluate.pictures import read_ahead
 from pacl_scale.evaluate.protocol import normalised
 from pacl_scale.evaluate.rows import Row
-from pacl_scale.similarity import patch_text_similarity
 
 # I pictures, N texts, B pictures of a batch, T patches.
 
@@ -109,10 +108,7 @@ def evaluate_retrieval(
         pixels_B3HW = torch.stack([next(pictures) for _ in batch]).to(towers.device)
         tokens_BTD = towers.vision.encode(pixels_B3HW).tokens
         for method in methods:
-            phi_BN = patch_text_similarity(
-                method.embed(tokens_BTD), texts_ND, attention_scale=method.attention_scale, pooling=method.pooling
-            )
-            phi[method.name].append(phi_BN.float().cpu())
+            phi[method.name].append(method.compare(tokens_BTD, texts_ND).cpu())
     seconds = round(time.monotonic() - started, 3)
     return [
         Row(
@@ -126,7 +122,7 @@ def evaluate_retrieval(
                 "ties": "count against the true answer",
             },
             method=method.name,
-            checkpoint=method.checkpoint | {"attention_scale": method.attention_scale, "pooling": method.pooling},
+            checkpoint=method.checkpoint | method.compares_by,
             towers=towers.config,
             pictures=len(data.addresses),
             scores=recalls(torch.cat(phi[method.name]), data.true_IN),

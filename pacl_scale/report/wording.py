@@ -4,13 +4,16 @@ import posixpath
 from collections.abc import Mapping
 from typing import Any
 
-from pacl_scale.evaluate.methods import MAJORITY, PACL, PATCH_ORACLE, UNTRAINED
+from pacl_scale.evaluate.methods import CLIP, MAJORITY, MASKCLIP, PACL, PATCH_ORACLE, UNTRAINED, VALUE_PATH
 
 MEAN_POOLED = "mean_pooled"
 NAMES = {
     PACL: "PACL",
     MEAN_POOLED: "Mean-pooled",
     UNTRAINED: "Untrained",
+    CLIP: "CLIP as it is",
+    MASKCLIP: "MaskCLIP",
+    VALUE_PATH: "PACL on values",
     MAJORITY: "Majority class",
     PATCH_ORACLE: "Patch oracle",
 }
@@ -19,12 +22,15 @@ MEANINGS = {
     PACL: "The method: each caption pools the patches that fit it.",
     MEAN_POOLED: "The same data, towers and budget, but every patch counts alike while training.",
     UNTRAINED: "The same architecture with random weights.",
+    CLIP: "The same towers without PACL: their own projection of each patch.",
+    MASKCLIP: "The same towers, each patch of the last layer attending to itself alone; nothing is trained.",
+    VALUE_PATH: "PACL's embedder on that path of the last layer.",
     MAJORITY: "Answers the data set's most frequent true class everywhere; it peeks at the truth.",
     PATCH_ORACLE: "Knows the true class of each patch: what this grid of patches could reach. No model does better "
     "by much.",
 }
 PEEKING = (MAJORITY, PATCH_ORACLE)
-ORDER = (PACL, MEAN_POOLED, UNTRAINED)
+ORDER = (PACL, MEAN_POOLED, VALUE_PATH, MASKCLIP, CLIP, UNTRAINED)
 """Methods in reading order; the others follow, those that peek last."""
 
 
