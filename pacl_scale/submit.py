@@ -11,7 +11,8 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import FrameType
@@ -19,6 +20,7 @@ from typing import Any
 
 from pacl_scale import config, job
 from pacl_scale.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError, run_command
+from pacl_scale.nodes import CheckConfig
 from pacl_scale.signals import STOPPING
 
 PROG = "python -m pacl_scale.submit"
@@ -36,6 +38,10 @@ class SubmitConfig:
 
     nodes: int = 1
     """Nodes of the job."""
+
+    min_nodes: int | None = None
+    """Start with as few nodes as these if `nodes` are not to be had, and go on with what is there after a loss; the
+    global batch stays what it is, by accumulation. null insists on `nodes`."""
 
     gpus_per_node: int = 8
     """GPUs of each node; 0 trains on CPUs."""
@@ -85,6 +91,12 @@ class SubmitConfig:
     python: str | None = None
     """Command that starts Python on the nodes, for a container; null takes the Python that runs this command."""
 
+    check: CheckConfig = field(default_factory=CheckConfig)
+    """What a node must have before training starts on it."""
+
+    follow: bool = False
+    """Stay, show what rank 0 says until the job is over, and end as it did. Ctrl-C leaves the job alone."""
+
     dry_run: bool = False
     """Check everything, print the batch script, queue nothing."""
 
@@ -93,6 +105,8 @@ class SubmitConfig:
             raise ValueError("nodes, signal_seconds and attempts must be at least 1, gpus_per_node at least 0")
         if min(self.tasks_per_node or 1, self.cpus_per_task or 1) < 1:
             raise ValueError("tasks_per_node and cpus_per_task must be at least 1, or null")
+        if self.min_nodes is not None and not 1 <= self.min_nodes <= self.nodes:
+            raise ValueError("min_nodes must be at least 1 and at most nodes")
 
     @property
     def tasks(self) -> int:
@@ -120,7 +134,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         again = shlex.join(["python", "-m", "pacl_scale.submit", *given])
         log = run / "slurm" / f"{number}_0_log.err"
         print(f"job      {number}\nrun      {run}\nfollow   tail -F {log}\nsave     scancel --signal=USR2 {number}")
-        print(f"cancel   scancel {number}\nresume   {again}")
+        print(f"cancel   scancel {number}\nresume   {again}", flush=True)
+        if settings.follow:
+            from pacl_scale.follow import follow
+
+            return follow(number, [run / "slurm" / f"{number}_0_log.{kind}" for kind in ("err", "out")])
     return 0
 
 
@@ -137,12 +155,13 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
         word = left.pop(0)
         key, equals, value = word.partition("=")
         name = key.removeprefix("--").replace("-", "_")
+        is_own = name.partition(".")[0] in names
         if word == "-h" or name in ("help", "print_config") and word.startswith("--"):
             own.append(word)
-        elif name not in names or not (equals or word.startswith("--")):
+        elif not is_own or not (equals or word.startswith("--")):
             rest.append(word)
-        elif name == "dry_run" and not equals:
-            own.append("--dry_run=true")
+        elif name in ("dry_run", "follow") and not equals:
+            own.append(f"--{name}=true")
         elif equals or left:
             own.append(f"--{name}={value if equals else left.pop(0)}")
         else:
@@ -176,28 +195,41 @@ def submit(settings: SubmitConfig, words: list[str]) -> tuple[Path, str | None]:
     note = job.read(run)
     if note:
         job.refuse_if_alive(run, note)
-    # Variables of a job or a launcher around this command are not the new job's; where Slurm is, is.
-    where = {name: os.environ[name] for name in ("SLURM_CONF", "SLURM_CLUSTERS") if name in os.environ}
-    with submitit.helpers.clean_env():
-        os.environ |= where
-        executor = executor_for(settings, run)
+    with outside_of_jobs():
+        executor = executor_for(settings, run, parsed(words).global_batch_size)
         if settings.dry_run:
             print(executor._make_submission_file_text(executor._submitit_command_str, ""))
             return run, None
         try:
-            number = executor.submit(Training(words)).job_id
+            number = executor.submit(Training(words, settings.check, settings.nodes * settings.tasks)).job_id
         except submitit.core.utils.FailedJobError as error:
             raise UserError(f"sbatch refuses the job: {' '.join(str(error).split())}") from error
     job.write(run, job.Note(number))
     return run, number
 
 
+@contextmanager
+def outside_of_jobs() -> Iterator[None]:
+    """Hide the variables of a job or a launcher around this command: they are not the new job's.
+
+    Where Slurm is to be found stays.
+    """
+    import submitit
+
+    where = {name: os.environ[name] for name in ("SLURM_CONF", "SLURM_CLUSTERS") if name in os.environ}
+    with submitit.helpers.clean_env():
+        os.environ |= where
+        yield
+
+
 def check_training(settings: SubmitConfig, words: list[str]) -> Path:
     """Refuse what the training would refuse on its nodes; returns the run directory."""
     from pacl_scale import checkpoint, train
 
-    training = config.parse(train.TrainConfig, words, "python -m pacl_scale.train")
+    training = parsed(words)
     train.accumulation_of(training, settings.nodes * settings.tasks)
+    if settings.min_nodes is not None:
+        job.usable_nodes(settings.min_nodes, settings.tasks, training.global_batch_size)
     if training.distributed.device == "cpu" and settings.gpus_per_node:
         raise UserError(
             f"distributed.device is cpu, but {settings.gpus_per_node} GPUs per node are asked for; "
@@ -235,9 +267,11 @@ def check_partition(settings: SubmitConfig) -> None:
     if all(up != "up" for _, up, _, _ in mine):
         raise UserError(f"partition {wanted} is {mine[0][1]}")
     nodes = sum(int(count) for _, _, count, gres in mine if gpus_in(gres) >= settings.gpus_per_node)
-    if nodes < settings.nodes:
+    if nodes < (settings.min_nodes or settings.nodes):
         what = f" with {settings.gpus_per_node} GPUs" if settings.gpus_per_node else ""
-        raise UserError(f"partition {wanted} has {nodes} nodes{what}, and {settings.nodes} are asked for")
+        raise UserError(
+            f"partition {wanted} has {nodes} nodes{what}, and {settings.min_nodes or settings.nodes} are asked for"
+        )
 
 
 def gpus_in(gres: str) -> int:
@@ -245,37 +279,33 @@ def gpus_in(gres: str) -> int:
     return sum(int(count) for count in re.findall(r"(?:^|,)gpu(?::[^:,()]+)?:(\d+)(?=[(,]|$)", gres))
 
 
-def executor_for(settings: SubmitConfig, run: Path) -> Any:
+def executor_for(settings: SubmitConfig, run: Path, global_batch_size: int) -> Any:
     """submitit's executor, set up to write this job's batch script."""
     import submitit
 
     executor = submitit.SlurmExecutor(folder=run / "slurm", python=settings.python)
-    exports = {**settings.environment, "PYTHONUNBUFFERED": "1"}
     command = f"{executor.python} -m pacl_scale.job"
     name = shlex.quote(str(run))
-    extra = {"requeue": True, "time": settings.time, "mem": settings.mem, "reservation": settings.reservation}
-    optional = {
-        "partition": settings.partition,
-        "account": settings.account,
-        "qos": settings.qos,
-        "constraint": settings.constraint,
-        "exclude": settings.exclude,
-        "gpus_per_node": settings.gpus_per_node or None,
-        "cpus_per_task": settings.cpus_per_task,
-    }
+    claim = f"{command} claim {name} --attempts={settings.attempts}"
+    claims = [f"{claim} || exit"]
+    shared = cluster_parameters(settings)
+    shared["additional_parameters"]["requeue"] = True
+    if settings.min_nodes is not None:
+        shared["additional_parameters"]["nodes"] = f"{settings.min_nodes}-{settings.nodes}"
+        shape = f"--tasks_per_node={settings.tasks} --global_batch_size={global_batch_size}"
+        claims = [f"shape=$({claim} {shape}) || exit", 'eval "$shape"  # as many nodes as share the batch evenly']
     executor.update_parameters(
         job_name=f"pacl-{run.name}",
         nodes=settings.nodes,
         ntasks_per_node=settings.tasks,
+        gpus_per_node=settings.gpus_per_node or None,
         signal_delay_s=settings.signal_seconds,
-        additional_parameters={key: value for key, value in extra.items() if value is not None},
         # When a rank is gone the others say so and end; those that do not are ended.
         srun_args=["--wait=120", *([f"--cpus-per-task={settings.cpus_per_task}"] if settings.cpus_per_task else [])],
         setup=[
-            *settings.setup,
-            *(f"export {key}={shlex.quote(str(value))}" for key, value in exports.items()),
+            *shared.pop("setup"),
             'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-            f"{command} claim {name} || exit",
+            *claims,
             "trap : TERM  # the trainers end first, then this script looks at how they ended",
         ],
         teardown=[
@@ -285,7 +315,7 @@ def executor_for(settings: SubmitConfig, run: Path) -> Any:
             "fi",
             "exit $status",
         ],
-        **{key: value for key, value in optional.items() if value is not None},
+        **shared,
     )
     if settings.time is None:
         # submitit's default of five minutes is nobody's; Slurm takes the partition's.
@@ -293,11 +323,31 @@ def executor_for(settings: SubmitConfig, run: Path) -> Any:
     return executor
 
 
+def cluster_parameters(settings: SubmitConfig) -> dict[str, Any]:
+    """What is the same for every kind of job of a cluster, as submitit's parameters."""
+    extra = {"time": settings.time, "mem": settings.mem, "reservation": settings.reservation}
+    optional = {
+        "partition": settings.partition,
+        "account": settings.account,
+        "qos": settings.qos,
+        "constraint": settings.constraint,
+        "exclude": settings.exclude,
+        "cpus_per_task": settings.cpus_per_task,
+    }
+    exports = {**settings.environment, "PYTHONUNBUFFERED": "1"}
+    return {key: value for key, value in optional.items() if value is not None} | {
+        "additional_parameters": {key: value for key, value in extra.items() if value is not None},
+        "setup": [*settings.setup, *(f"export {key}={shlex.quote(str(value))}" for key, value in exports.items())],
+    }
+
+
 class Training:
     """What submitit starts in every task: the training, in the task's own process."""
 
-    def __init__(self, words: Sequence[str]) -> None:
+    def __init__(self, words: Sequence[str], check: CheckConfig, ranks: int) -> None:
         self.words = list(words)
+        self.check = check
+        self.ranks = ranks
 
     def __call__(self) -> None:
         """Train; ends the process with the training's exit status unless it is 0."""
@@ -305,12 +355,29 @@ class Training:
         for number in STOPPING:
             signal.signal(number, leave)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
-        from pacl_scale import train
+        from pacl_scale import nodes
 
-        status = run_command(lambda: train.main(self.words))
+        status = run_command(lambda: nodes.start(self.check, self.sized()))
         if status:
             sys.stdout.flush()
             sys.exit(status)
+
+    def sized(self) -> list[str]:
+        """The words, with micro-batches that fit in memory where this attempt has fewer ranks than asked for."""
+        ranks = int(os.environ.get("SLURM_NTASKS", self.ranks))
+        if ranks == self.ranks:
+            return self.words
+        training = parsed(self.words)
+        share, most = training.global_batch_size // ranks, training.micro_batch_size
+        most = most or training.global_batch_size // self.ranks
+        return [*self.words, f"micro_batch_size={max(n for n in range(1, most + 1) if share % n == 0)}"]
+
+
+def parsed(words: Sequence[str]) -> Any:
+    """The training's configuration of its words."""
+    from pacl_scale import train
+
+    return config.parse(train.TrainConfig, words, "python -m pacl_scale.train")
 
 
 def leave(number: int, frame: FrameType | None) -> None:

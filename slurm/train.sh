@@ -29,7 +29,8 @@ $python -m pacl_scale.job claim "$run" || exit
 trap : TERM
 # When a rank is gone the others say so and end; those that do not are ended after two minutes.
 # Since Slurm 22.05 srun has to be told the cores of a task again.
-srun --wait=120 ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} $python -m pacl_scale.train "$@" run="$run"
+# pacl_scale.nodes looks at the nodes, then trains; check.enabled=false leaves the looking out.
+srun --wait=120 ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} $python -m pacl_scale.nodes "$@" run="$run"
 status=$?
 
 # 2 is a mistake in the settings. All else (75: saved because of a signal; a lost rank or node; a crash) is tried again,

@@ -10,6 +10,7 @@ from pacl_scale import config
 from pacl_scale.cache import CacheConfig
 from pacl_scale.evaluate.command import EvaluateConfig
 from pacl_scale.submit import SubmitConfig
+from pacl_scale.sweep.command import SweepConfig
 from pacl_scale.train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1] / "configs"
@@ -25,7 +26,8 @@ def class_of(path: Path) -> tuple[type, list[str]]:
         return DownloadConfig, ["url_list=x", "output=z", *metadata]
     if path.parent.name == "eval":
         return EvaluateConfig, ["checkpoint=x"]
-    return {"cache": CacheConfig, "train": TrainConfig, "clusters": SubmitConfig}[path.parent.name], []
+    classes = {"cache": CacheConfig, "train": TrainConfig, "clusters": SubmitConfig, "sweeps": SweepConfig}
+    return classes[path.parent.name], []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,14 +1,18 @@
 """What is queued, refused and queued again, with commands of Slurm that only pretend; `test_slurm.py` has real ones."""
 
+import io
 import json
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pacl_scale import config, job, submit
+from pacl_scale import config, follow, job, nodes, submit
 from pacl_scale.checkpoint import STATE
 from pacl_scale.errors import RunFailed, UserError
+from pacl_scale.nodes import CheckConfig, Facts
 
 CLUSTER = Path(__file__).resolve().parents[1] / "configs" / "clusters" / "example.yaml"
 COMMANDS = {
@@ -17,7 +21,7 @@ COMMANDS = {
     "sinfo": 'echo "gpu|up|6|gpu:a100:8(S:0-1)"; echo "gpu|up|4|gpu:a100:4"; echo "old*|down|2|(null)"',
     "squeue": 'if [ -e "$HERE/state" ]; then cat "$HERE/state"; '
     'else echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; fi',
-    "scontrol": 'echo "$@" >> "$HERE/asked"',
+    "scontrol": 'echo "$@" >> "$HERE/asked"; echo "JobId=7 JobState=PENDING ExcNodeList=n9 Comment=a b"',
 }
 
 
@@ -127,21 +131,45 @@ def saved(run: Path, step: int) -> None:
     (folder / STATE).write_text("{}")
 
 
-def test_a_job_without_newer_checkpoints_is_given_up(here: Path) -> None:
+def started(monkeypatch: pytest.MonkeyPatch, attempt: int) -> None:
+    """What Slurm tells a job that it has started so many times before."""
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(attempt))
+
+
+def test_a_job_without_newer_checkpoints_is_given_up(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = here / "run"
-    job.claim(run, "7")
     (here / "state").write_text("RUNNING")
+    started(monkeypatch, 0)
+    job.claim(run, "7", attempts=2)
     saved(run, 5)
-    job.requeue(run, "7", attempts=2)
-    assert job.read(run) == job.Note("7", step=5, fruitless=0)
-    for _ in range(2):
+    for attempt in range(1, 3):
         job.requeue(run, "7", attempts=2)
+        started(monkeypatch, attempt)
+        job.claim(run, "7", attempts=2)
+        assert job.read(run) == job.Note("7", step=5, fruitless=attempt - 1, attempt=attempt)
+    job.requeue(run, "7", attempts=2)
+    started(monkeypatch, 3)
+    job.claim(run, "7", attempts=2)
     with pytest.raises(RunFailed, match="still that of step 5 after 2 more attempts"):
         job.requeue(run, "7", attempts=2)
     assert (here / "asked").read_text() == 3 * "requeue 7\n"
     saved(run, 6)
     job.requeue(run, "7", attempts=2)
-    assert job.read(run) == job.Note("7", step=6, fruitless=0)
+    started(monkeypatch, 4)
+    job.claim(run, "7", attempts=2)
+    assert job.read(run) == job.Note("7", step=6, fruitless=0, attempt=4)
+
+
+def test_requeues_by_others_count_too(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = here / "run"
+    for attempt in range(3):
+        started(monkeypatch, attempt)
+        job.claim(run, "7", attempts=2)
+    started(monkeypatch, 3)
+    with pytest.raises(RunFailed, match="still that of step 0 after 2 more attempts"):
+        job.claim(run, "7", attempts=2)
+    job.claim(run, "8", attempts=2)
+    assert job.read(run) == job.Note("8"), "another job starts from naught"
 
 
 def test_checkpoints_elsewhere_count(here: Path) -> None:
@@ -149,13 +177,85 @@ def test_checkpoints_elsewhere_count(here: Path) -> None:
     (here / "run" / "config.yaml").write_text(f"checkpoint: {{folder: {here / 'elsewhere'}}}")
     (here / "elsewhere" / "00000009").mkdir(parents=True)
     (here / "elsewhere" / "00000009" / STATE).write_text("{}")
-    job.requeue(here / "run", "7", attempts=1)
+    job.claim(here / "run", "7", attempts=1)
     assert json.loads((here / "run" / "job.json").read_text())["step"] == 9
+
+
+def test_unfit_nodes_are_excluded_besides_those_that_were(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = here / "run"
+    (run / "slurm").mkdir(parents=True)
+    (here / "state").write_text("RUNNING")
+    started(monkeypatch, 1)
+    nodes.note_unfit(run, "7", {"n2": "too full", "n5": "too slow"})
+    monkeypatch.setattr("signal.signal", lambda *of: None)
+    job.requeue(run, "7", attempts=2)
+    asked = (here / "asked").read_text().splitlines()
+    assert asked == ["requeue 7", "--oneliner show job 7", "update JobId=7 ExcNodeList=n9,n2,n5"]
+    started(monkeypatch, 2)
+    assert nodes.unfit_nodes(run, "7") == {}, "another attempt looks anew"
+
+
+@pytest.mark.parametrize(
+    ("allocated", "tasks", "batch", "usable"), [(8, 8, 4096, 8), (7, 8, 4096, 4), (3, 1, 16, 2), (5, 2, 60, 5)]
+)
+def test_as_many_nodes_as_share_the_batch_evenly(allocated: int, tasks: int, batch: int, usable: int) -> None:
+    assert job.usable_nodes(allocated, tasks, batch) == usable
+    with pytest.raises(UserError, match="not a multiple"):
+        job.usable_nodes(allocated, 7, 4096)
+
+
+def test_fewer_nodes_mean_more_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = submit.Training(["global_batch_size=64"], CheckConfig(), ranks=8)
+    for ranks, added in (("8", []), ("4", ["micro_batch_size=8"]), ("2", ["micro_batch_size=8"])):
+        monkeypatch.setenv("SLURM_NTASKS", ranks)
+        assert training.sized() == ["global_batch_size=64", *added]
+    training = submit.Training(["global_batch_size=60", "micro_batch_size=5"], CheckConfig(), ranks=6)
+    monkeypatch.setenv("SLURM_NTASKS", "5")
+    assert training.sized()[2:] == ["micro_batch_size=4"], "12 pictures a rank are three times 4"
+
+
+FIT = Facts("n1", disk_gb=100.0, clock_s=1000.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"disk_gb": 0.1}, "0.10 GB left for temporary files, less than 0.5"),
+        ({"clock_s": 1060.0}, r"its clock is \+60 s from the others'"),
+        ({"pair_gb_per_s": 0.001}, "0.001 GB/s to its neighbours, less than 0.01"),
+    ],
+)
+def test_the_node_that_stands_out_is_named(changes: dict, why: str) -> None:
+    others = [replace(FIT, node=f"n{number}", pair_gb_per_s=1.0) for number in (2, 3, 4)]
+    unfit = nodes.judge([replace(FIT, pair_gb_per_s=1.0), *others], CheckConfig())
+    assert unfit == {}
+    (said,) = nodes.judge([replace(FIT, **changes), *others], CheckConfig()).items()
+    assert said[0] == "n1" and re.fullmatch(why, said[1])
+
+
+def test_when_most_are_slow_it_is_not_the_nodes() -> None:
+    slow = [replace(FIT, node=f"n{number}", pair_gb_per_s=0.001) for number in range(3)]
+    with pytest.raises(UserError, match="3 of 3 nodes are slower"):
+        nodes.judge(slow, CheckConfig())
+
+
+def test_following_shows_what_is_added_until_the_end(here: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log.err"
+    log.write_text("first\n")
+    (here / "state").write_text("COMPLETED")
+    shown = io.StringIO()
+    assert follow.follow("7", [log, tmp_path / "absent"], shown) == 0
+    assert shown.getvalue() == "-- job 7 is COMPLETED\nfirst\n"
+    (here / "state").write_text("FAILED")
+    assert follow.follow("7", [log], io.StringIO()) == 1
+    (here / "state").unlink()
+    assert follow.follow("7", [log], shown) == 1 and "job 7 is GONE" in shown.getvalue()
 
 
 @pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "PENDING"])
 def test_a_job_that_somebody_ends_is_not_queued_again(here: Path, state: str) -> None:
     (here / "state").write_text(state)
+    job.claim(here / "run", "7", attempts=1)
     job.requeue(here / "run", "7", attempts=1)
     assert not (here / "asked").exists()
 
