@@ -1,5 +1,8 @@
 """Why a row of the list has no sample: one word a row, decided where the fault is seen."""
 
+RETRIED_SCHEME = "retried"
+"""Before the URL of a row that must not be asked for, because a later shard has its last attempt."""
+
 OPT_OUT_MESSAGE = "Use of image disallowed by X-Robots-Tag directive"
 """img2dataset's own words for a server that asks not to be used."""
 
@@ -14,6 +17,7 @@ CAUSES = {
     "private_address": "the host, or a redirect, leads to an address that is not public",
     "protocol": "an answer that is not HTTP",
     "redirects": "too many redirects, or one to something that is not http(s)",
+    "retried": "not asked: a later shard asked again, and its answer stands",
     "timeout": "not answered, or not finished, in time",
     "tls": "no secure connection: certificate or handshake",
     "too_large": "more bytes than fetch.largest_body_mb allows",

@@ -1,88 +1,57 @@
 """URL list -> verified, indexed WebDataset tars: ``python data_prep/download.py cc3m --output s3://bucket/cc3m``.
 
-The name is short for ``--config configs/data/cc3m.yaml``.
-
-The stages are prepare, fetch, verify, index and report. Each looks first at what is already there, so that the same
-command continues a run that was killed and does nothing once all is done.
+The name is short for ``--config configs/data/cc3m.yaml``. The stages are prepare, fetch, verify, index and report. Each
+looks first at what is already there, so that the same command continues a run that was killed and does nothing once all
+is done. A verb before the name (``download.py verify cc3m --output ...``) does one stage by itself.
 """
 
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 if not __package__:
     # Run as a file: the checkout around it comes first, not this folder with its everyday names.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data_prep import layout, sources
-from data_prep.fetch import FetchConfig, fetch
-from data_prep.lock import only_run
-from data_prep.prepare import Plan, PrepareConfig, prepare
-from data_prep.report import as_table, count_failures, make_report, read_stats
-from data_prep.retry import RetryConfig, Round, plan_round, read_rounds, shard_count
-from data_prep.verify import TarFacts, require_sound, verify
+from data_prep import layout, mirror, slurm, stages
+from data_prep.config import DownloadConfig
+from data_prep.lock import Busy, only_run
+from data_prep.parts import WHOLE, read_verified
+from data_prep.uploads import abort_unfinished
 from pacl_scale import storage
 from pacl_scale.config import parse
-from pacl_scale.data.index import INDEX_NAME, SampleIndex, build_index
-from pacl_scale.errors import UserError, run_command
+from pacl_scale.errors import RunFailed, UserError, run_command
 from pacl_scale.log import configure, get_logger
 
 log = get_logger(__name__)
 
+PROG = "data_prep/download.py"
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "data"
-
-REPAIRS = 2
-"""How often damaged shards are made again before the run gives up."""
-
-
-@dataclass
-class DownloadConfig:
-    """Download the pictures of a URL list into WebDataset tars, verify and index them.
-
-    Credentials of an object store come from its own environment variables (AWS_ACCESS_KEY_ID,
-    AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL).
-    """
-
-    output: str
-    """Where the data set goes: a folder, as a path or fsspec URL (s3://bucket/name)."""
-    url_list: str = ""
-    """The list: a path or fsspec URL of a .tsv, .csv or .parquet file (.tsv.gz, .csv.gz); not given, the file in the
-    current folder that is named as the source's page names it (Train_GCC-training.tsv for cc3m)."""
-    source: str = "pairs"
-    """What kind of list it is, which tells its columns: pairs (your own, caption TAB url), cc3m, cc12m or yfcc15m."""
-    metadata: str | None = None
-    """Second file of a source that needs one: YFCC100M's yfcc100m_dataset.bz2 for yfcc15m."""
-    prepare: PrepareConfig = field(default_factory=PrepareConfig)
-    """How the list becomes shards."""
-    fetch: FetchConfig = field(default_factory=FetchConfig)
-    """How pictures are downloaded and stored."""
-    again: bool = False
-    """Ask again for what failed for a cause that may pass (retry.causes): one round a call, once all else is there."""
-    retry: RetryConfig = field(default_factory=RetryConfig)
-    """Which failures are asked for again and how."""
-    verify: Literal["new", "all"] = "new"
-    """Which finished shards are read back: those not verified before, or all."""
-
-    def __post_init__(self) -> None:
-        source = sources.get(self.source)
-        self.url_list = self.url_list or source.file
-        if not self.url_list:
-            raise ValueError(f"url_list is missing: a list of {source.name} has no usual name")
-        if source.needs_metadata and self.metadata is None:
-            raise ValueError(f"metadata is missing: {source.name} needs {source.metadata_file}")
-        if self.metadata is not None and not source.needs_metadata:
-            raise ValueError(f"metadata is given, but {source.name} has no second file")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status."""
     configure()
-    words = with_config_of_name(list(sys.argv[1:] if argv is None else argv))
-    return run_command(lambda: download(parse(DownloadConfig, words, "data_prep/download.py")))
+    words = list(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: command(words))
+
+
+def command(words: list[str]) -> None:
+    """Do what the words say, here or, with ``--slurm`` among them, on a Slurm cluster."""
+    verb = words[0] if words and words[0] in VERBS else ""
+    rest = with_config_of_name([word for word in words[bool(verb) :] if word != "--slurm"])
+    config: DownloadConfig = parse(DownloadConfig, rest, PROG)
+    if "--slurm" not in words:
+        slurm.end_when_asked()
+        VERBS[verb](config)
+        return
+    if verb not in ("", "retry") or config.is_mirror or config.parts > 1:
+        raise UserError(
+            "--slurm queues downloads and retries of whole lists; leave out part and parts, see slurm.parts"
+        )
+    if verb != "retry":
+        config.require_list()
+    slurm.submit(config.slurm, config.output, rest, again=config.again or verb == "retry")
 
 
 def with_config_of_name(words: list[str]) -> list[str]:
@@ -97,114 +66,148 @@ def download(config: DownloadConfig) -> None:
     Raises:
         UserError: any fault of the input or the store; what is at the output is then complete shards or nothing.
     """
-    with only_run(config.output):
-        _download(config)
-
-
-def _download(config: DownloadConfig) -> None:
-    root, source = config.output, sources.get(config.source)
-    seconds: dict[str, float] = {}
-    with _timed(seconds, "prepare"):
-        plan = prepare(config.url_list, source, root, config.prepare, config.metadata)
-    before = layout.read_json(storage.join(root, layout.REPORT)) or {}
-    rounds = read_rounds(root)
-    sound = _fetch_and_verify(config, plan, rounds, before.get("verified", {}), seconds)
-    stats = read_stats(root, sound)
-    if not any(shard.get("successes") for shard in stats.values()):
-        _discard(root, plan)
-        causes = ", ".join(f"{cause} {count}" for cause, count in count_failures(stats).items())
-        raise UserError(f"none of the {plan.rows} URLs of {config.url_list} gave a picture ({causes})")
-    if config.again:
-        again = plan_round(root, plan, rounds, config.prepare.samples_per_shard, config.retry.causes)
-        if again is not None:
-            rounds = [*rounds, again]
-            verified = {facts.name: facts.sha256 for facts in sound.values()}
-            sound = _fetch_and_verify(config, plan, rounds, verified, seconds)
-            stats = read_stats(root, sound)
-    with _timed(seconds, "index"):
-        samples = _index(root, sound)
-    report = make_report(plan, rounds, source.rows, stats, sound, samples, seconds)
-    if {**before, "seconds": None} != {**asdict(report), "seconds": None}:
-        layout.write_json(storage.join(root, layout.REPORT), asdict(report))
-    print(as_table(report, root))
-
-
-def _fetch_and_verify(
-    config: DownloadConfig,
-    plan: Plan,
-    rounds: Sequence[Round],
-    verified: dict[str, str],
-    seconds: dict[str, float],
-) -> dict[int, TarFacts]:
-    """Make what is missing, read back what was not read back before, and make again what is damaged."""
-    root, count = config.output, shard_count(plan, rounds)
-    sound: dict[int, TarFacts] = {}
-    for repair in range(REPAIRS + 1):
-        with _timed(seconds, "fetch"):
-            missing = set(range(count)) - set(layout.finished_shards(root))
-            _fetch(config, sorted(shard for shard in missing if shard < plan.shards), 0.0)
-            _fetch(config, sorted(shard for shard in missing if shard >= plan.shards), config.retry.backoff_seconds)
-        with _timed(seconds, "verify"):
-            trusted = {} if config.verify == "all" and not repair else verified
-            sound |= known_sound(root, count, trusted)
-            fresh, broken = verify(root, sorted(set(range(count)) - set(sound)))
-            sound |= fresh
-        if not broken:
-            return dict(sorted(sound.items()))
-        if repair < REPAIRS:
-            for shard, reason in broken.items():
-                log.warning("shard is damaged and is made again", shard=layout.shard_name(shard), reason=reason)
-                layout.set_aside(root, shard)
-    require_sound(broken)
-    return sound
-
-
-def _fetch(config: DownloadConfig, shards: Sequence[int], backoff_s: float) -> None:
-    if not shards:
+    if config.is_mirror:
+        mirror.adopt(config.output, config.expect, everything=config.verify == "all")
         return
-    faults = fetch(config.output, shards, config.prepare.samples_per_shard, config.fetch, backoff_s)
-    if faults:
-        shard = min(faults)
-        raise UserError(
-            f"{len(faults)} of {len(shards)} shards could not be made, {layout.shard_name(shard)} because: "
-            f"{faults[shard]}; the same command continues"
-        )
+    if config.own_part.is_whole:
+        config.require_list()
+        with only_run(config.output):
+            _complete(stages.begin(config))
+    else:
+        _take_part(config)
 
 
-def known_sound(root: str, shards: int, verified: dict[str, str]) -> dict[int, TarFacts]:
-    """Shards that were read to their end before and whose tar still has the size and the counted checksum."""
-    sizes = layout.file_sizes(root, ".tar")
-    facts: dict[int, TarFacts] = {}
-    known = [shard for shard in range(shards) if f"{layout.shard_name(shard)}.tar" in verified]
-    for shard, stats in read_stats(root, known).items():
-        name = f"{layout.shard_name(shard)}.tar"
-        if stats.get("tar_sha256") == verified[name] and stats.get("tar_bytes") == sizes.get(name):
-            facts[shard] = TarFacts(name, stats["successes"], stats["tar_bytes"], stats["tar_sha256"])
-    return facts
+def _complete(work: stages.Work) -> None:
+    """All that is missing, the retry that may be asked for, index and report."""
+    root = work.root
+    abort_unfinished(root, WHOLE)
+    sound = stages.fetch_and_verify(work, WHOLE, read_verified(root))
+    if work.config.again:
+        # Nothing but failures: the data set is discarded instead of asked for again.
+        if not any(facts.samples for facts in sound.values()):
+            stages.finish(work, sound)
+        stages.remember(root, WHOLE, sound)
+        if stages.plan_retry(work):
+            sound = stages.fetch_and_verify(work, WHOLE, read_verified(root))
+    stages.finish(work, sound)
 
 
-def _index(root: str, sound: dict[int, TarFacts]) -> int:
-    """Number of samples in the index; it is built unless it fits the shards."""
-    expected = [(facts.name, facts.bytes, facts.samples) for facts in sound.values()]
-    if storage.exists(storage.join(root, INDEX_NAME)):
-        index = SampleIndex.load(root)
-        if [(shard.name, shard.size, shard.samples) for shard in index.shards] == expected:
-            return len(index)
-    return len(build_index(root, [facts.name for facts in sound.values()]))
+def _take_part(config: DownloadConfig) -> None:
+    """Make one part of the shards; whoever makes the last of all brings the data set to its end."""
+    part = config.own_part
+    work = stages.resume_part(config)
+    while work is None:
+        config.require_list()
+        try:
+            with only_run(config.output):
+                work = stages.begin(config)
+        except Busy as error:
+            stages.wait_while_busy(error, "wait for another run that prepares the list")
+            work = stages.resume_part(config)
+    with only_run(config.output, part):
+        abort_unfinished(config.output, part)
+        sound = stages.fetch_and_verify(work, part, read_verified(config.output))
+        stages.remember(config.output, part, sound)
+    print(f"{part}: {len(sound)} shards, {sum(facts.samples for facts in sound.values()):,} samples: {config.output}")
+    complete_if_last(config.output, work)
 
 
-def _discard(root: str, plan: Plan) -> None:
-    """Leave nothing of a data set without a single sample, so that the next attempt starts afresh."""
-    for shard in range(plan.shards):
-        layout.remove_shard(root, shard)
-    storage.remove(storage.join(root, layout.LIST_FOLDER))
+def complete_if_last(root: str, work: stages.Work) -> None:
+    """Index and report once no shard of any part is missing; of several runs that end together, one does."""
+    while not work.unfinished():
+        try:
+            with only_run(root):
+                _complete(work)
+            return
+        except Busy as error:
+            if stages.is_complete(work):
+                return
+            stages.wait_while_busy(error, "wait for the runs on the last parts")
 
 
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    started = time.monotonic()
-    yield
-    seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - started
+def prepare(config: DownloadConfig) -> None:
+    """Read the list and plan the shards; with ``again``, plan a round of retries once all shards are there."""
+    if config.is_mirror:
+        raise UserError("a mirror has no list to prepare")
+    if not config.again:
+        config.require_list()
+    with only_run(config.output):
+        work = stages.resume(config) if config.again else stages.begin(config)
+        if config.again and not work.unfinished():
+            stages.plan_retry(work)
+    print(f"{work.plan.rows:,} rows in {len(work.shards)} shards, {len(work.unfinished())} to be made: {config.output}")
+
+
+def verify(config: DownloadConfig) -> None:
+    """Read every finished shard to its end; damaged ones are set aside and leave the index.
+
+    Raises:
+        RunFailed: some were damaged.
+    """
+    if config.is_mirror:
+        mirror.adopt(config.output, config.expect, everything=True)
+        return
+    with only_run(config.output):
+        work = stages.resume(config)
+        sound, broken = stages.read_back(work, everything=True)
+        stages.remember(config.output, WHOLE, sound)
+        if broken and any(facts.samples for facts in sound.values()) and stages.indexed(config.output):
+            stages.index(config.output, sound)
+    waiting = len(work.unfinished())
+    samples = sum(facts.samples for facts in sound.values())
+    print(f"{len(sound)} of {len(work.shards)} shards are sound, {samples:,} samples: {config.output}")
+    if broken:
+        names = ", ".join(f"{layout.shard_name(shard)}.tar" for shard in sorted(broken))
+        raise RunFailed(f"damaged and set aside in {layout.BROKEN_FOLDER}/: {names}; download makes them again")
+    if waiting:
+        print(f"{waiting} are not made yet; download continues")
+
+
+def index(config: DownloadConfig) -> None:
+    """Index the sound shards, those of an unfinished data set too."""
+    if config.is_mirror:
+        mirror.adopt(config.output, config.expect, everything=False)
+        return
+    with only_run(config.output):
+        work = stages.resume(config)
+        sound, _ = stages.read_back(work, everything=False)
+        if not any(facts.samples for facts in sound.values()):
+            raise UserError(f"{config.output} has no sample to index yet")
+        stages.remember(config.output, WHOLE, sound)
+        samples = stages.index(config.output, sound)
+    print(f"{samples:,} samples of {len(sound)} shards indexed: {config.output}")
+
+
+def report(config: DownloadConfig) -> None:
+    """Write the report anew from what is there, for an unfinished data set too."""
+    if config.is_mirror:
+        mirror.adopt(config.output, config.expect, everything=False)
+        return
+    with only_run(config.output):
+        work = stages.resume(config)
+        storage.remove(storage.join(config.output, layout.PAGE))
+        finished = sorted(set(layout.finished_shards(config.output)) & set(work.shards))
+        sound = stages.known_sound(config.output, finished, read_verified(config.output))
+        stages.account(work, sound, stages.indexed(config.output))
+
+
+def retry(config: DownloadConfig) -> None:
+    """Ask again for what failed for a cause that may pass; the list itself is not needed."""
+    if config.is_mirror:
+        raise UserError("a mirror has no URLs to ask again for")
+    config.again = True
+    with only_run(config.output):
+        _complete(stages.resume(config))
+
+
+VERBS: dict[str, Callable[[DownloadConfig], None]] = {
+    "": download,
+    "prepare": prepare,
+    "verify": verify,
+    "index": index,
+    "report": report,
+    "retry": retry,
+}
 
 
 if __name__ == "__main__":

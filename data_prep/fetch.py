@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_network
@@ -17,10 +17,13 @@ import psutil
 
 import pacl_scale
 from data_prep import layout
+from data_prep.bar import shown
+from data_prep.distribute import distribute, require
 from data_prep.guard import Limits, install
 from data_prep.imports import without
-from data_prep.workers import run_tasks
-from pacl_scale.log import get_logger, progress
+from pacl_scale import storage
+from pacl_scale.errors import UserError
+from pacl_scale.log import get_logger
 
 log = get_logger(__name__)
 
@@ -36,6 +39,9 @@ class FetchConfig:
 
     processes: int = 4
     """Processes that each download one shard at a time."""
+    distributor: Literal["processes", "multiprocessing", "pyspark", "ray"] = "processes"
+    """Who starts them: processes supervises them on this machine and replaces those that hang or die; the others are
+    img2dataset's own (pyspark and ray are extras and use the session or cluster that they find)."""
     threads: int = 32
     """Requests under way in each process."""
     image_size: int = 256
@@ -86,29 +92,51 @@ class FetchConfig:
 
 
 def fetch(
-    root_url: str, shards: Iterable[int], samples_per_shard: int, config: FetchConfig, backoff_s: float = 0.0
+    root_url: str,
+    shards: Mapping[int, frozenset[int]],
+    samples_per_shard: int,
+    config: FetchConfig,
+    backoff_s: float = 0.0,
 ) -> dict[int, str]:
-    """Make ``shards`` from their prepared lists, letting failing hosts rest if ``backoff_s`` is not 0.
+    """Make shards from their prepared lists, letting failing hosts rest if ``backoff_s`` is not 0.
+
+    Args:
+        shards: numbers, each with the ids of rows that must not be asked for.
 
     Returns:
         What went wrong, by number, with the shards that could not be made in three attempts.
     """
-    shards = list(shards)
     faults: dict[int, str] = {}
+    require(config.distributor)
+    skipped = {shard: ids for shard, ids in shards.items() if ids}
     with _scratch_folder(config.scratch) as scratch:
-        work = functools.partial(download_shard, root_url, scratch, samples_per_shard, config, backoff_s)
-        outcomes = run_tasks(work, shards, min(config.processes, len(shards)), config.shard_seconds)
-        for outcome in progress(outcomes, "download", total=len(shards), unit="shard"):
+        work = functools.partial(download_shard, root_url, scratch, samples_per_shard, config, backoff_s, skipped)
+        outcomes = distribute(config.distributor, work, list(shards), config.processes, config.shard_seconds)
+        for outcome in shown(outcomes, len(shards)):
             if outcome.fault is not None:
                 faults[outcome.task] = outcome.fault
                 log.warning("shard failed", shard=layout.shard_name(outcome.task), reason=outcome.fault)
+    if config.distributor != "processes":
+        made = set(layout.finished_shards(root_url))
+        faults |= {shard: f"see the log of {config.distributor}" for shard in shards if shard not in made}
     return faults
 
 
 def download_shard(
-    root_url: str, scratch: str, samples_per_shard: int, config: FetchConfig, backoff_s: float, shard: int
-) -> None:
-    """Make one shard in this process. Raises what :meth:`ShardDownloader.download_shard` raises."""
+    root_url: str,
+    scratch: str,
+    samples_per_shard: int,
+    config: FetchConfig,
+    backoff_s: float,
+    skipped: Mapping[int, frozenset[int]],
+    shard: int,
+) -> tuple[int, int]:
+    """Make one shard in this process; returns its rows and samples.
+
+    Raises:
+        BadShard, UserError: as :meth:`ShardDownloader.download_shard`.
+    """
+    os.makedirs(scratch, exist_ok=True)  # on another machine than the one that distributes
     most_pixels = round(config.largest_megapixels * 1e6)
     # Both are read at import. OpenCV's limit is a second lock behind the look at the header; albumentations,
     # which img2dataset resizes with, would ask a package index whether there is a newer version of itself.
@@ -133,6 +161,7 @@ def download_shard(
     downloader = ShardDownloader(
         root_url=root_url,
         scratch=scratch,
+        skipped=skipped.get(shard, frozenset()),
         sample_writer_class=ShardWriter,
         resizer=resizer,
         thread_count=config.threads,
@@ -149,7 +178,24 @@ def download_shard(
         user_agent_token=USER_AGENT_TOKEN,
         disallowed_header_directives=OPT_OUT_DIRECTIVES if config.honour_opt_out else None,
     )
-    downloader.download_shard((shard, layout.list_url(root_url, shard)))
+    return downloader.download_shard((shard, layout.list_url(root_url, shard)))
+
+
+def pin_pictures(root_url: str, config: FetchConfig) -> None:
+    """Write down how the pictures of a data set are made; refuse to go on with other settings.
+
+    Raises:
+        UserError: shards that are there already were made with others.
+    """
+    url = storage.join(root_url, layout.PICTURES)
+    shaping = {name: getattr(config, name) for name in ("image_size", "resize_mode", "upscale", "jpeg_quality")}
+    before = layout.read_json(url)
+    if before is None:
+        layout.write_json(url, shaping)
+        return
+    changed = [f"fetch.{name}={before.get(name)}" for name, value in shaping.items() if before.get(name) != value]
+    if changed:
+        raise UserError(f"{root_url} holds pictures made with {', '.join(changed)}; keep that or choose another output")
 
 
 OPT_OUT_DIRECTIVES = ["noai", "noimageai", "noindex", "noimageindex"]

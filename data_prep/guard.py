@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from email.message import Message
 from typing import Any, NoReturn
 
-from data_prep.causes import FetchError
+from data_prep.causes import RETRIED_SCHEME, FetchError
 
 READ_BYTES = 1 << 16
 MOST_REDIRECTS = 5
@@ -85,6 +85,8 @@ class GuardedOpener:
         """Answer of the server to ``request`` (a Request or a URL), its body still to be read."""
         if not isinstance(request, urllib.request.Request):
             request = urllib.request.Request(request)
+        if request.type == RETRIED_SCHEME:
+            raise FetchError("retried", "the shard was made again, but not this row")
         request.add_header("User-agent", self.limits.user_agent)
         host = request.host
         self._gate.wait(host)

@@ -3,12 +3,13 @@
 ====================  ==========================================================================================
 ``list/00000.parquet``  what shard 00000 is to hold: ``id``, ``url``, ``caption``, ``nouns``, one row a picture
 ``list/plan.json``      which list that was made from and how; written when the last of them is complete
+``list/pictures.json``  how its pictures are made: size, resizing, quality
 ``00000.tar``           the samples: ``<key>.jpg``, ``<key>.txt``, ``<key>.json``
 ``00000.parquet``       every row of the list with what became of it
 ``00000_stats.json``    img2dataset's counts and the tar's checksum; written last: a shard with one is finished
 ``index.parquet``       where every sample lies (:mod:`pacl_scale.data.index`)
 ``broken/00000.tar``    a tar that was found damaged; the shard was made again
-``report.json``         what was expected, what was got, and why the rest is missing
+``report.json``         what was expected, what was got, and why the rest is missing; ``report.html`` for reading
 ====================  ==========================================================================================
 """
 
@@ -25,7 +26,9 @@ from pacl_scale.errors import UserError
 LIST_FOLDER = "list"
 BROKEN_FOLDER = "broken"
 PLAN = "list/plan.json"
+PICTURES = "list/pictures.json"
 REPORT = "report.json"
+PAGE = "report.html"
 STATS_SUFFIX = "_stats.json"
 
 SHARD_DIGITS = 5

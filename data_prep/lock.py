@@ -3,7 +3,9 @@
 Object stores do not all know how to create a file only if there is none, so nobody takes a lock: each run writes
 its own claim first and looks for others after. Of two runs at least one sees the other; if both do, both refuse.
 A claim is renewed as long as its run lives. It is dead if it was not renewed for two minutes by the store's own
-clock, or at once if its process was on this machine and is gone.
+clock, or at once if its process was on this machine and is gone, or if it is an earlier attempt of this Slurm job.
+
+Runs on different parts of a data set (:class:`data_prep.parts.Part`) do not mind each other.
 """
 
 import contextlib
@@ -21,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from data_prep.parts import WHOLE, Part
 from pacl_scale import storage
 from pacl_scale.errors import UserError
 from pacl_scale.log import get_logger
@@ -32,33 +35,47 @@ RENEW_SECONDS = 20.0
 DEAD_AFTER_SECONDS = 120.0
 
 
+class Busy(UserError):
+    """Another run is at work on the same shards."""
+
+
 @dataclass(frozen=True)
 class Claim:
-    """Who works on a data set: ``machine`` tells process ids of different machines and containers apart."""
+    """Who works on which part of a data set.
+
+    ``machine`` tells process ids of different machines and containers apart; ``job`` is Slurm's, ``attempt`` counts
+    how often Slurm has started it before.
+    """
 
     host: str
     machine: str
     pid: int
+    part: int = 0
+    parts: int = 1
+    job: str = ""
+    attempt: int = 0
 
 
 @contextlib.contextmanager
-def only_run(root_url: str) -> Iterator[None]:
-    """Refuse to go on where another run works on ``root_url``; keep others out until the end.
+def only_run(root_url: str, part: Part = WHOLE) -> Iterator[None]:
+    """Refuse to go on where another run works on the same shards of ``root_url``; keep others out until the end.
 
     Also the proof that the place can be written to, before any work is done.
 
     Raises:
-        UserError: another run is at work; or the place cannot be written to.
+        Busy: another run is at work.
+        UserError: the place cannot be written to.
     """
     folder = storage.join(root_url, CLAIMS_FOLDER)
     ours = storage.join(folder, f"{uuid.uuid4().hex}.json")
-    content = json.dumps(asdict(Claim(socket.gethostname(), _machine(), os.getpid()))).encode()
+    claim = _own_claim(part)
+    content = json.dumps(asdict(claim)).encode()
     with _explained_as(root_url, ours):
         storage.write_bytes(ours, content)
     over = threading.Event()
     renewal = threading.Thread(target=_renew, args=(ours, content, over), name="claim", daemon=True)
     try:
-        _refuse_if_taken(root_url, folder, ours)
+        _refuse_if_taken(root_url, folder, ours, claim)
         renewal.start()
         yield
     finally:
@@ -72,7 +89,14 @@ def only_run(root_url: str) -> Iterator[None]:
                 Path(storage.filesystem(folder)[1]).rmdir()
 
 
-def _refuse_if_taken(root_url: str, folder: str, ours: str) -> None:
+def _own_claim(part: Part) -> Claim:
+    job = os.environ.get("SLURM_JOB_ID", "")
+    job = f"{os.environ.get('SLURM_CLUSTER_NAME', '')} {job}" if job else ""
+    attempt = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return Claim(socket.gethostname(), _machine(), os.getpid(), part.number, part.of, job, attempt)
+
+
+def _refuse_if_taken(root_url: str, folder: str, ours: str, own: Claim) -> None:
     times = _claims(folder)
     now = times[posixpath.basename(ours)]
     for name, renewed in times.items():
@@ -82,12 +106,16 @@ def _refuse_if_taken(root_url: str, folder: str, ours: str) -> None:
         claim = _read(url)
         if claim is None:
             continue  # it ended between our two looks
-        if now - renewed > DEAD_AFTER_SECONDS or _is_gone(claim):
+        if now - renewed > DEAD_AFTER_SECONDS or _is_gone(claim, own):
             log.warning("a run before this one was killed", host=claim.host, pid=claim.pid)
             storage.remove(url)
             continue
-        raise UserError(
-            f"{root_url}: another run is at work there (process {claim.pid} on {claim.host}); "
+        theirs = Part(claim.part, claim.parts)
+        if not theirs.overlaps(Part(own.part, own.parts)):
+            continue
+        where = "there" if theirs.is_whole else f"on its {theirs}"
+        raise Busy(
+            f"{root_url}: another run is at work {where} (process {claim.pid} on {claim.host}); "
             f"if it is dead, wait {DEAD_AFTER_SECONDS:g} s"
         )
 
@@ -113,7 +141,9 @@ def _read(url: str) -> Claim | None:
         return None
 
 
-def _is_gone(claim: Claim) -> bool:
+def _is_gone(claim: Claim, own: Claim) -> bool:
+    if own.job and claim.job == own.job and claim.attempt < own.attempt:
+        return True  # Slurm starts a job again only after its end
     return claim.machine == _machine() and not psutil.pid_exists(claim.pid)
 
 

@@ -64,6 +64,42 @@ class PrepareConfig:
             raise ValueError("prepare.shortest_caption must be positive and not above prepare.longest_caption")
 
 
+@dataclass
+class ExpectConfig:
+    """What a list must be. null is unknown, and then not checked; the report says which list it was in any case."""
+
+    rows: int | None = None
+    """Rows of the list (of a mirror: samples); another number is an error."""
+    sha256: str | None = None
+    """SHA-256 of the list file, hexadecimal."""
+    metadata_sha256: str | None = None
+    """SHA-256 of the second file of a source that has one."""
+
+    def __post_init__(self) -> None:
+        if self.rows is not None and self.rows < 1:
+            raise ValueError("expect.rows must be at least 1")
+        for name in ("sha256", "metadata_sha256"):
+            digest = getattr(self, name)
+            if digest is not None and not re.fullmatch("[0-9a-fA-F]{64}", digest):
+                raise ValueError(f"expect.{name} must be 64 hexadecimal digits")
+
+    def check_file(self, url: str, sha256: str, expected: str | None) -> None:
+        """Raise UserError if a file has another checksum than the ``expected`` one."""
+        if expected is not None and sha256 != expected.lower():
+            raise UserError(f"{url} is not the expected file: its SHA-256 is {sha256}, not {expected.lower()}")
+
+    def check_rows(self, url: str, rows: int) -> None:
+        """Raise UserError if a list has another number of rows."""
+        if self.rows is not None and rows != self.rows:
+            raise UserError(
+                f"{url} has {rows:,} rows where expect.rows is {self.rows:,}: it is cut short or another list; "
+                "expect.rows=null takes it as it is"
+            )
+
+
+NOTHING_EXPECTED = ExpectConfig()
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a list came to.
@@ -76,6 +112,7 @@ class Plan:
         rows: rows that go to a shard.
         left_out: rows that do not, by cause.
         shards: number of shards.
+        samples_per_shard: rows of each but the last.
     """
 
     fingerprint: str
@@ -86,20 +123,29 @@ class Plan:
     list_rows: int
     rows: int
     shards: int
+    samples_per_shard: int
     left_out: dict[str, int] = field(default_factory=dict)
 
 
 def prepare(
-    list_url: str, source: Source, root_url: str, config: PrepareConfig, metadata_url: str | None = None
+    list_url: str,
+    source: Source,
+    root_url: str,
+    config: PrepareConfig,
+    metadata_url: str | None = None,
+    expect: ExpectConfig = NOTHING_EXPECTED,
 ) -> Plan:
     """Write the prepared lists below ``root_url`` and return the plan; a finished one is only read.
 
     Raises:
-        UserError: the list is missing, empty, or none of its rows is usable (then nothing is written); or
-            ``root_url`` holds the data set of another list or other settings.
+        UserError: the list is missing, empty, not the expected one, or none of its rows is usable (then nothing is
+            written); or ``root_url`` holds the data set of another list or other settings.
     """
     list_sha256 = sources.sha256_of(list_url)
+    expect.check_file(list_url, list_sha256, expect.sha256)
     metadata_sha256 = sources.sha256_of(metadata_url) if metadata_url else None
+    if metadata_url and metadata_sha256:
+        expect.check_file(metadata_url, metadata_sha256, expect.metadata_sha256)
     fingerprint = _fingerprint(f"{list_sha256} {metadata_sha256}", source, config)
     before = layout.read_json(storage.join(root_url, layout.PLAN))
     if before is not None:
@@ -117,6 +163,11 @@ def prepare(
         rows, shards = rows + table.num_rows, shards + 1
     if not rows:
         raise UserError(_why_nothing(list_url, left_out))
+    try:
+        expect.check_rows(list_url, rows + left_out.total())
+    except UserError:
+        storage.remove(storage.join(root_url, layout.LIST_FOLDER))
+        raise
     plan = Plan(
         fingerprint=fingerprint,
         source=source.name,
@@ -126,11 +177,33 @@ def prepare(
         list_rows=rows + left_out.total(),
         rows=rows,
         shards=shards,
+        samples_per_shard=config.samples_per_shard,
         left_out=dict(left_out.most_common()),
     )
     layout.write_json(storage.join(root_url, layout.PLAN), asdict(plan))
     log.info("prepared", rows=rows, shards=shards, left_out=plan.left_out or None)
     return plan
+
+
+def read_plan(root_url: str) -> Plan:
+    """The plan of the data set at ``root_url``. Raises UserError where there is none."""
+    before = layout.read_json(storage.join(root_url, layout.PLAN))
+    if before is None:
+        raise UserError(f"{root_url} holds no data set of this command: there is no {layout.PLAN}")
+    return _as_plan(before, root_url)
+
+
+def fitting_plan(root_url: str, source: Source, config: PrepareConfig) -> Plan | None:
+    """The plan at ``root_url`` if it was made with these settings; ``None`` if there is none. The list is not read.
+
+    Raises:
+        UserError: it was made with others.
+    """
+    before = layout.read_json(storage.join(root_url, layout.PLAN))
+    if before is None:
+        return None
+    plan = _as_plan(before, root_url)
+    return _same_plan(before, _fingerprint(f"{plan.list_sha256} {plan.metadata_sha256}", source, config), root_url)
 
 
 def normalise_url(raw: str) -> str | None:
@@ -188,11 +261,15 @@ def _fingerprint(content: str, source: Source, config: PrepareConfig) -> str:
     return sha256(text.encode()).hexdigest()
 
 
-def _same_plan(before: dict[str, Any], fingerprint: str, root_url: str) -> Plan:
+def _as_plan(before: dict[str, Any], root_url: str) -> Plan:
     try:
-        plan = Plan(**before)
+        return Plan(**before)
     except TypeError as error:
         raise UserError(f"{root_url}: {layout.PLAN} is damaged ({error})") from error
+
+
+def _same_plan(before: dict[str, Any], fingerprint: str, root_url: str) -> Plan:
+    plan = _as_plan(before, root_url)
     if plan.fingerprint != fingerprint:
         raise UserError(
             f"{root_url} holds the data set of another list or of other prepare.* settings "

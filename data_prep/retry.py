@@ -131,6 +131,22 @@ def plan_round(
     return planned
 
 
+def retried_later(root_url: str, plan: Plan, rounds: Sequence[Round], shard: int) -> frozenset[int]:
+    """Ids that later rounds than the one of ``shard`` ask for: they must not be asked for again in ``shard``.
+
+    Otherwise a picture that failed once and then came in a retry would be there twice after its first shard was
+    damaged and made again.
+    """
+    later = [number for round in rounds for number in range(round.first_shard, round.first_shard + round.shards)]
+    own = next((r.first_shard + r.shards for r in rounds if r.first_shard <= shard < r.first_shard + r.shards), 0)
+    ids: set[int] = set()
+    for number in later:
+        if number >= max(own, plan.shards):
+            content = pa.BufferReader(storage.read_bytes(layout.list_url(root_url, number)))
+            ids.update(pq.read_table(content, columns=["id"])["id"].to_pylist())
+    return frozenset(ids)
+
+
 def _latest_failures(root_url: str, shards: int, causes: frozenset[str]) -> list[dict[str, Any]]:
     """Rows whose last attempt failed for one of ``causes``, as they stand in their list, with that cause."""
     failed: dict[int, dict[str, Any]] = {}

@@ -16,7 +16,7 @@ import webdataset as wds
 from img2dataset.downloader import Downloader
 
 from data_prep import layout
-from data_prep.causes import cause_of
+from data_prep.causes import RETRIED_SCHEME, cause_of
 from data_prep.verify import check_shard
 from pacl_scale import storage
 
@@ -34,16 +34,18 @@ class ShardDownloader(Downloader):
     Args:
         root_url: where the data set lies.
         scratch: local folder for shards in the making.
+        skipped: ids of rows that are not asked for.
         options: those of img2dataset's Downloader.
     """
 
-    def __init__(self, root_url: str, scratch: str, **options: Any) -> None:
+    def __init__(self, root_url: str, scratch: str, skipped: frozenset[int], **options: Any) -> None:
         super().__init__(output_folder=scratch, column_list=LIST_COLUMNS, **options)
         self.root_url = root_url
+        self.skipped = skipped
         self.scratch = scratch
 
-    def download_shard(self, row: tuple[int, str]) -> None:
-        """Make the shard ``row[0]`` from the prepared list at ``row[1]``.
+    def download_shard(self, row: tuple[int, str]) -> tuple[int, int]:
+        """Make the shard ``row[0]`` from the prepared list at ``row[1]``; returns its rows and samples.
 
         Raises:
             BadShard: what was made contradicts itself.
@@ -52,14 +54,15 @@ class ShardDownloader(Downloader):
         shard, list_url = row
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
             arrow = os.path.join(folder, "list.feather")
-            _as_feather(storage.read_bytes(list_url), arrow)
+            _as_feather(storage.read_bytes(list_url), arrow, self.skipped)
             # The base class writes where its output_folder says; other shards of this object must not follow.
             local = copy.copy(self)
             local.output_folder = folder
             Downloader.download_shard(local, (shard, arrow))
             base = os.path.join(folder, layout.shard_name(shard))
-            _complete_stats(base)
+            made = _complete_stats(base)
             self._put(base, storage.join(self.root_url, layout.shard_name(shard)))
+        return made
 
     def _put(self, local: str, remote: str) -> None:
         for suffix in (".tar", ".parquet", layout.STATS_SUFFIX):
@@ -127,14 +130,21 @@ class ShardWriter:
         self._rows.append({**meta, "cause": None if error is None else cause_of(error)})
 
 
-def _as_feather(parquet: bytes, path: str) -> None:
+def _as_feather(parquet: bytes, path: str, skipped: frozenset[int]) -> None:
     table = pq.read_table(pa.BufferReader(parquet)).select(LIST_COLUMNS)
+    if skipped:
+        rows = zip(table["id"].to_pylist(), table["url"].to_pylist(), strict=True)
+        urls = [f"{RETRIED_SCHEME}:{url}" if number in skipped else url for number, url in rows]
+        table = table.set_column(LIST_COLUMNS.index("url"), "url", pa.array(urls, pa.string()))
     with pa.OSFile(path, "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
 
 
-def _complete_stats(base: str) -> None:
-    """Check the finished local shard and add to img2dataset's counts the causes and what the tar is."""
+def _complete_stats(base: str) -> tuple[int, int]:
+    """Check the finished local shard and add to img2dataset's counts the causes and what the tar is.
+
+    Returns its rows and samples.
+    """
     with open(base + layout.STATS_SUFFIX, encoding="utf-8") as file:
         stats = json.load(file)
     with open(f"{base}.tar", "rb") as tar, open(f"{base}.parquet", "rb") as parquet:
@@ -144,3 +154,4 @@ def _complete_stats(base: str) -> None:
     stats["tar_sha256"], stats["tar_bytes"] = facts.sha256, facts.bytes
     with open(base + layout.STATS_SUFFIX, "w", encoding="utf-8") as file:
         json.dump(stats, file, indent=2)
+    return stats["count"], stats["successes"]

@@ -96,6 +96,16 @@ SOURCES = {
 }
 
 
+MIRROR = "mirror"
+"""Instead of a source: tars that somebody made, so there is no list."""
+
+SOURCES[MIRROR] = Source(
+    name=MIRROR,
+    columns=(),
+    quirks="WebDataset tars at the output itself; nothing is downloaded, and a damaged tar can only be left out",
+)
+
+
 @dataclass(frozen=True)
 class Row:
     """One row of a list as it stands there; ``None`` where the row has no such field, and why in ``fault``."""

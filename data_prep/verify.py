@@ -55,12 +55,7 @@ def check_tar(tar: BinaryIO, name: str) -> TarFacts:
     Raises:
         BadShard: the first thing that is wrong, with the sample's key.
     """
-    digest = hashlib.sha256()
-    tar.seek(0)
-    while chunk := tar.read(COPY_BYTES):
-        digest.update(chunk)
-    size = tar.tell()
-    tar.seek(0)
+    sha256, size = sha256_of_stream(tar)
     try:
         members = list(read_members(tar, name))
     except DamagedTar as error:
@@ -73,7 +68,18 @@ def check_tar(tar: BinaryIO, name: str) -> TarFacts:
         samples[key][extension] = member
     for key, parts in samples.items():
         _check_sample(tar, f"{name}: sample {key}", parts)
-    return TarFacts(posixpath.basename(name), len(samples), size, digest.hexdigest())
+    return TarFacts(posixpath.basename(name), len(samples), size, sha256)
+
+
+def sha256_of_stream(tar: BinaryIO) -> tuple[str, int]:
+    """SHA-256 and size of a seekable stream, which is at its start afterwards."""
+    digest = hashlib.sha256()
+    tar.seek(0)
+    while chunk := tar.read(COPY_BYTES):
+        digest.update(chunk)
+    size = tar.tell()
+    tar.seek(0)
+    return digest.hexdigest(), size
 
 
 def check_shard(tar: BinaryIO, parquet: BinaryIO, stats: Mapping[str, Any], name: str) -> TarFacts:
@@ -139,7 +145,7 @@ def _verify_one(root_url: str, shard: int) -> TarFacts | str:
             raise ValueError("not an object")
         parquet = io.BytesIO(storage.read_bytes(parquet_url))
         with tempfile.SpooledTemporaryFile(MEMORY_BYTES) as local:
-            _fetch(tar_url, local)  # type: ignore[arg-type]
+            fetch_tar(tar_url, local)  # type: ignore[arg-type]
             return check_shard(local, parquet, stats, tar_url)  # type: ignore[arg-type]
     except BadShard as error:
         return str(error)
@@ -147,7 +153,8 @@ def _verify_one(root_url: str, shard: int) -> TarFacts | str:
         return f"{stats_url} is damaged ({error})"
 
 
-def _fetch(url: str, local: BinaryIO) -> None:
+def fetch_tar(url: str, local: BinaryIO) -> None:
+    """Copy a remote tar into a local file, a few megabytes at a time. Raises UserError where it cannot be read."""
     files, path = storage.filesystem(url)
     with storage.explained(url), files.open(path, "rb", block_size=COPY_BYTES) as remote:
         while chunk := remote.read(COPY_BYTES):

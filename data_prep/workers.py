@@ -24,10 +24,11 @@ ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a task ended: ``fault`` is ``None`` or one line about the last attempt."""
+    """How a task ended: ``fault`` is ``None`` or one line about the last attempt; ``value`` is what it gave."""
 
     task: Any
     fault: str | None
+    value: Any = None
 
 
 @dataclass
@@ -43,9 +44,7 @@ class _Worker:
         return self.task is None
 
 
-def run_tasks(
-    work: Callable[[Any], None], tasks: Iterable[Any], processes: int, deadline_s: float
-) -> Iterator[Outcome]:
+def run_tasks(work: Callable[[Any], Any], tasks: Iterable[Any], processes: int, deadline_s: float) -> Iterator[Outcome]:
     """Do ``work(task)`` for each task in ``processes`` spawned processes; yield outcomes as they come.
 
     A task that raises, outlives ``deadline_s`` seconds (its process is killed) or whose process dies is done
@@ -65,7 +64,7 @@ def run_tasks(
             busy = [worker for worker in workers if not worker.is_free]
             if not busy:
                 return
-            for worker, fault in _wait(busy):
+            for worker, fault, value in _wait(busy):
                 task, worker.task = worker.task, None
                 if not worker.process.is_alive() or worker.done >= TASKS_PER_PROCESS:
                     _end(worker)
@@ -75,7 +74,7 @@ def run_tasks(
                     if faults[task] < ATTEMPTS:
                         again.append(task)
                         continue
-                yield Outcome(task, fault)
+                yield Outcome(task, fault, value)
     finally:
         for worker in workers:
             _end(worker)
@@ -85,7 +84,7 @@ def _hand_out(
     workers: list[_Worker],
     fresh: Iterator[Any],
     again: deque[Any],
-    work: Callable[[Any], None],
+    work: Callable[[Any], Any],
     processes: int,
     deadline_s: float,
 ) -> None:
@@ -105,33 +104,33 @@ def _hand_out(
             free.pipe.send(task)
 
 
-def _wait(busy: list[_Worker]) -> list[tuple[_Worker, str | None]]:
-    """The workers that are through with their task, each with its fault; waits for at least one."""
+def _wait(busy: list[_Worker]) -> list[tuple[_Worker, str | None, Any]]:
+    """The workers that are through with their task, each with fault and value; waits for at least one."""
     patience = max(0.0, min(worker.ends for worker in busy) - monotonic())
     handles = [handle for worker in busy for handle in (worker.pipe, worker.process.sentinel)]
     ready = set(connection.wait(handles, timeout=None if patience == float("inf") else patience))
-    through: list[tuple[_Worker, str | None]] = []
+    through: list[tuple[_Worker, str | None, Any]] = []
     for worker in busy:
         if worker.pipe in ready or worker.process.sentinel in ready:
-            through.append((worker, _answer(worker)))
+            through.append((worker, *_answer(worker)))
         elif monotonic() >= worker.ends:
             worker.process.kill()
             worker.process.join()
-            through.append((worker, "it was not done at its deadline"))
+            through.append((worker, "it was not done at its deadline", None))
     return through
 
 
-def _answer(worker: _Worker) -> str | None:
+def _answer(worker: _Worker) -> tuple[str | None, Any]:
     try:
-        fault = worker.pipe.recv()
+        answer: tuple[str | None, Any] = worker.pipe.recv()
         worker.done += 1
-        return fault
+        return answer
     except (EOFError, OSError):
         worker.process.join()
-        return f"its process died ({worker.process.exitcode})"
+        return f"its process died ({worker.process.exitcode})", None
 
 
-def _start(work: Callable[[Any], None]) -> _Worker:
+def _start(work: Callable[[Any], Any]) -> _Worker:
     # Spawned, not forked: s3fs and the tagger have threads that do not survive a fork.
     context = get_context("spawn")
     ours, theirs = context.Pipe()
@@ -151,7 +150,7 @@ def _end(worker: _Worker) -> None:
     worker.process.close()
 
 
-def _serve(pipe: Any, work: Callable[[Any], None]) -> None:
+def _serve(pipe: Any, work: Callable[[Any], Any]) -> None:
     """A worker's life: tasks in, faults out, until the pipe closes."""
     # Ctrl-C reaches the whole group; the parent is the one that decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -161,12 +160,12 @@ def _serve(pipe: Any, work: Callable[[Any], None]) -> None:
             task = pipe.recv()
         except EOFError:
             return
+        value = fault = None
         try:
-            work(task)
-            fault = None
+            value = work(task)
         except Exception as error:
             fault = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        pipe.send(fault)
+        pipe.send((fault, value))
 
 
 def _die_with_parent() -> None:

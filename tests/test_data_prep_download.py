@@ -20,9 +20,10 @@ from web_farm import WebFarm
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from data_prep import layout, lock, retry, workers
-from data_prep.download import known_sound, main
+from data_prep.download import main
 from data_prep.lock import only_run
 from data_prep.report import read_stats
+from data_prep.stages import known_sound
 from data_prep.verify import BadShard, check_shard, check_tar
 from pacl_scale import storage
 from pacl_scale.data.index import SampleIndex
@@ -150,8 +151,10 @@ def test_nothing_but_the_data_set_is_left(done: tuple[Path, str]) -> None:
     shards = {f"0000{n}{end}" for n in range(3) for end in (".tar", ".parquet", "_stats.json")}
     assert names == shards | {f"list/0000{n}.parquet" for n in range(3)} | {
         "list/plan.json",
+        "list/pictures.json",
         "index.parquet",
         "report.json",
+        "report.html",
     }
 
 
@@ -180,13 +183,13 @@ def test_the_same_list_makes_the_same_shards_and_damage_is_mended(done: tuple[Pa
 def test_a_shard_of_another_size_is_not_trusted(done: tuple[Path, str]) -> None:
     _, output = done
     verified = json.loads(storage.read_bytes(f"{output}/report.json"))["verified"]
-    assert set(known_sound(output, 3, verified)) == {0, 1, 2}
-    assert set(known_sound(output, 3, {**verified, "00001.tar": "0" * 64})) == {0, 2}
-    assert set(known_sound(output, 3, {"00002.tar": verified["00002.tar"]})) == {2}
+    assert set(known_sound(output, range(3), verified)) == {0, 1, 2}
+    assert set(known_sound(output, range(3), {**verified, "00001.tar": "0" * 64})) == {0, 2}
+    assert set(known_sound(output, range(3), {"00002.tar": verified["00002.tar"]})) == {2}
     sizes = layout.file_sizes(output, ".tar")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layout, "file_sizes", lambda *_: {**sizes, "00000.tar": 5})
-        assert set(known_sound(output, 3, verified)) == {1, 2}
+        assert set(known_sound(output, range(3), verified)) == {1, 2}
 
 
 @pytest.mark.slow
@@ -272,6 +275,9 @@ def test_bad_configuration(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
         ("fetch.threads=0",): "fetch.threads must be positive",
         ("source=laion",): "choose one of",
         ("source=yfcc15m",): "needs yfcc100m_dataset",
+        ("part=2", "parts=2"): "part between 0 and parts",
+        ("again=true", "parts=2"): "planned for the whole list",
+        ("expect.sha256=abc",): "64 hexadecimal digits",
         ("metadata=x",): "has no second file",
         ("fetch.allowed_networks=[10.0.0.300/8]",): "fetch.allowed_networks",
         ("prepare.samples_per_shard=0",): "prepare.samples_per_shard",

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep import layout, prepare, sources
-from data_prep.download import DownloadConfig, with_config_of_name
+from data_prep.config import DownloadConfig
+from data_prep.download import with_config_of_name
 from data_prep.nouns import extract_nouns, merge_nouns
 from data_prep.pack import PackConfig
 from data_prep.prepare import PrepareConfig, normalise_caption, normalise_url, stable_id
@@ -306,7 +307,7 @@ def test_sources_tell_what_they_are() -> None:
     with pytest.raises(ValueError, match="choose one of"):
         sources.get("laion")
     for source in SOURCES.values():
-        assert {"url", "caption"} <= set(source.columns) or source.needs_metadata
+        assert {"url", "caption"} <= set(source.columns) or source.needs_metadata or source.name == sources.MIRROR
 
 
 def test_ids_fit_64_bits() -> None:
@@ -322,5 +323,6 @@ def test_a_data_set_can_be_asked_for_by_name(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_list_of_ones_own_must_be_named() -> None:
+    config = parse(DownloadConfig, ["output=x"], "data_prep/download.py")
     with pytest.raises(UserError, match="url_list is missing"):
-        parse(DownloadConfig, ["output=x"], "data_prep/download.py")
+        config.require_list()

@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+SLOW_SECONDS = 0.5
+"""Until a slow server answers."""
+
 DRIP_SECONDS = 0.2
 """Between two bytes of a server that drips."""
 
@@ -108,6 +111,10 @@ class _Answers(BaseHTTPRequestHandler):
 
     def answer_ok(self) -> None:
         self.send(encoded(draw(self.number())))
+
+    def answer_slow(self) -> None:
+        self.server.farm.stopping.wait(SLOW_SECONDS)
+        self.answer_ok()
 
     def answer_missing(self) -> None:
         self.send(b"", 404)
