@@ -5,13 +5,15 @@ import os
 import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from pacl_scale import config, log, storage
 from pacl_scale.errors import UserError
+from pacl_scale.evaluate.classification import Answers, evaluate_classification, protocol_of
 from pacl_scale.evaluate.examples import write_examples
+from pacl_scale.evaluate.labelled import LabelledConfig, LabelledPictures, open_labelled
 from pacl_scale.evaluate.methods import (
     MAJORITY,
     PACL,
@@ -23,7 +25,7 @@ from pacl_scale.evaluate.methods import (
     choose_device,
     load_methods,
 )
-from pacl_scale.evaluate.pictures import AnnotatedConfig, AnnotatedPictures, check_data, open_annotated
+from pacl_scale.evaluate.pictures import AnnotatedConfig, AnnotatedPictures, check_data, open_annotated, read_ahead
 from pacl_scale.evaluate.progress import Progress
 from pacl_scale.evaluate.protocol import Protocol
 from pacl_scale.evaluate.retrieval import CaptionedConfig, evaluate_retrieval, open_captioned
@@ -35,7 +37,7 @@ PROG = "python -m pacl_scale.evaluate"
 
 @dataclass
 class EvaluateConfig:
-    """Zero-shot segmentation and retrieval of checkpoints beside their controls, on the same pass of the towers."""
+    """Zero-shot segmentation, classification and retrieval of checkpoints and controls on one pass of their towers."""
 
     checkpoint: str | None = None
     """Run directory or checkpoint of the method `pacl`; the same as `methods.pacl`, and wins over it."""
@@ -60,6 +62,9 @@ class EvaluateConfig:
 
     retrieval: dict[str, CaptionedConfig] = field(default_factory=dict)
     """Name to captioned pictures."""
+
+    classification: dict[str, LabelledConfig] = field(default_factory=dict)
+    """Name to labelled pictures."""
 
     check_data: bool = False
     """Measure nothing: read every picture and mask of the segmentation data sets, count, and say what is wrong."""
@@ -98,11 +103,12 @@ class EvaluateConfig:
             raise ValueError("name a checkpoint (--checkpoint RUN) or methods")
         if taken := sorted({UNTRAINED, MAJORITY, PATCH_ORACLE, *TOWER_METHODS} & set(self.methods)):
             raise ValueError(f"methods: {', '.join(taken)} is the name of a control")
-        for name in [*self.methods, *self.segmentation, *self.retrieval]:
+        sets = [*self.segmentation, *self.retrieval, *self.classification]
+        for name in [*self.methods, *sets]:
             if not name.replace("_", "").replace(".", "").isalnum():
                 raise ValueError(f"{name!r}: names may hold letters, digits, '_' and '.' only, as they name files")
-        if both := sorted(set(self.segmentation) & set(self.retrieval)):
-            raise ValueError(f"segmentation and retrieval both have a data set {both[0]!r}")
+        if both := sorted(name for name in set(sets) if sets.count(name) > 1):
+            raise ValueError(f"two tasks have a data set {both[0]!r}; results of one name would overwrite each other")
         if not 0 <= self.part < self.parts:
             raise ValueError("part counts from 0 and must be below parts")
         if self.parts > 1 and self.retrieval:
@@ -114,13 +120,17 @@ class EvaluateConfig:
 def run(argv: Sequence[str] | None) -> int:
     """Parse, evaluate, print; returns 0."""
     settings: EvaluateConfig = config.parse(EvaluateConfig, argv, PROG)
-    if not settings.segmentation and not settings.retrieval:
+    if not settings.segmentation and not settings.retrieval and not settings.classification:
         # Not refused by the configuration itself: a file may hold a protocol alone.
-        raise UserError(f"name a data set under segmentation or retrieval, see configs/eval ({PROG} --help)")
+        raise UserError(
+            f"name a data set under segmentation, retrieval or classification, see configs/eval ({PROG} --help)"
+        )
     log.configure()
     if settings.check_data:
         for name, data in settings.segmentation.items():
             print(_checked(name, data))
+        for name, labelled in settings.classification.items():
+            print(_checked_labels(name, labelled))
         return 0
     rows = evaluate(settings)
     print(table(rows) if rows else f"part {settings.part} of {settings.parts} is done; the last part writes the rows")
@@ -135,6 +145,7 @@ def evaluate(settings: EvaluateConfig) -> list[Row]:
     """
     annotated = {name: open_annotated(data) for name, data in settings.segmentation.items()}
     captioned = {name: open_captioned(data) for name, data in settings.retrieval.items()}
+    labelled = {name: open_labelled(data) for name, data in settings.classification.items()}
     main = PACL if PACL in settings.methods else next(iter(settings.methods))
     checkpoints = {main: settings.methods[main], **settings.methods}
     device = choose_device(settings.device)
@@ -159,12 +170,39 @@ def evaluate(settings: EvaluateConfig) -> list[Row]:
         if found:
             progress.forget()
         rows += found
+    for name, pictures in labelled.items():
+        rows += _classify(output, name, pictures, towers, methods, settings)
     for name, captions in captioned.items():
         rows += evaluate_retrieval(name, captions, towers, methods, settings.batch_size)
     for row in rows:
         if row.task == "retrieval":
             write_row(output, row)
     return rows
+
+
+def _classify(
+    output: str,
+    name: str,
+    data: LabelledPictures,
+    towers: Towers,
+    methods: Sequence[Method],
+    settings: EvaluateConfig,
+) -> list[Row]:
+    """Measure and write one data set of labelled pictures."""
+    asked = settings.classification[name]
+    depends_on = {
+        "labelled": [name, data.record, data.numbers, data.words],
+        "protocol": protocol_of(data, asked, towers.vision.preprocess),
+    } | _models(towers, methods)
+    progress = Progress.open(output, depends_on, settings.part, settings.parts, Answers)
+    found = evaluate_classification(
+        name, data, asked, towers, methods, settings.batch_size, settings.controls, progress
+    )
+    for row in found:
+        write_row(output, row)
+    if found:
+        progress.forget()
+    return found
 
 
 def _progress(
@@ -181,12 +219,18 @@ def _progress(
         "pairs": data.pairs,
         "classes": dataclasses.asdict(data.classes),
         "protocol": settings.protocol.record(),
+        "controls": list(settings.controls),
+    } | _models(towers, methods)
+    return Progress.open(output, depends_on, settings.part, settings.parts)
+
+
+def _models(towers: Towers, methods: Sequence[Method]) -> dict[str, Any]:
+    """What identifies towers and methods."""
+    return {
         "towers": towers.config,
         "fingerprints": [towers.vision.fingerprint(), towers.text.fingerprint()],
         "methods": {method.name: method.checkpoint for method in methods},
-        "controls": list(settings.controls),
     }
-    return Progress.open(output, depends_on, settings.part, settings.parts)
 
 
 def _checked(name: str, config: AnnotatedConfig) -> str:
@@ -198,6 +242,14 @@ def _checked(name: str, config: AnnotatedConfig) -> str:
         f"{name}: {found.pictures} of {found.expected} pictures read, {len(found.words)} classes{absent}; "
         f"{100 * found.void / max(1, found.pixels):.1f} % of the pixels are not scored"
     )
+
+
+def _checked_labels(name: str, config: LabelledConfig) -> str:
+    """A sentence on labelled pictures, every one of which was read."""
+    data = open_labelled(config)
+    labels = {label for _, label in read_ahead(range(len(data)), data.read, len(os.sched_getaffinity(0)))}
+    absent = len(data.words) - len(labels) or "none"
+    return f"{name}: {len(data)} of {data.record['of']} pictures read, {len(data.words)} classes, {absent} absent"
 
 
 def run_of(path: str) -> str:
@@ -228,6 +280,8 @@ def columns(row: Row) -> dict[str, float | None]:
     if row.task == "retrieval":
         ways = {"picture to text": scores["image_to_text"], "text to picture": scores["text_to_image"]}
         return {f"{rank} {way}": value for way, recall in ways.items() for rank, value in recall.items()}
+    if row.task == "classification":
+        return {"top-1": scores["top1"], "top-5": scores["top5"], "mean per class": scores["mean_per_class"]}
     groups = {f"mIoU {name.replace('_', ' ')}": group["miou"] for name, group in scores["groups"].items()}
     return {
         "mIoU": scores["miou"],

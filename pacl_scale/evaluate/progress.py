@@ -7,6 +7,7 @@ for everything the counts depend on, so that other settings never find them.
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from pacl_scale.errors import UserError
 from pacl_scale.evaluate.rows import FOLDER
 from pacl_scale.evaluate.tallies import PictureCounts
 
-Counts = dict[str, PictureCounts]
-"""Method to its counts of one picture."""
+Counts = dict[str, Any]
+"""Method to its counts of one picture: :class:`PictureCounts`, or what another task counts."""
 
 
 @dataclass
@@ -29,14 +30,18 @@ class Progress:
     part: int
     parts: int
     found: dict[str, Counts] = field(default_factory=dict)
+    kind: Callable[..., Any] = PictureCounts
+    """The dataclass of a method's counts of one picture, of plain values."""
 
     @classmethod
-    def forgetful(cls) -> "Progress":
+    def forgetful(cls, kind: Callable[..., Any] = PictureCounts) -> "Progress":
         """All pictures are this process's, and nothing is written."""
-        return cls(None, 0, 1)
+        return cls(None, 0, 1, kind=kind)
 
     @classmethod
-    def open(cls, output: str, depends_on: Any, part: int, parts: int) -> "Progress":
+    def open(
+        cls, output: str, depends_on: Any, part: int, parts: int, kind: Callable[..., Any] = PictureCounts
+    ) -> "Progress":
         """Go on from what is there below ``output``, a run directory.
 
         Args:
@@ -44,6 +49,7 @@ class Progress:
             depends_on: plain values that decide the counts.
             part: number of this process, from 0.
             parts: how many share the data set.
+            kind: the dataclass of a method's counts of one picture.
 
         Raises:
             UserError: several parts with an output that is no folder.
@@ -51,11 +57,11 @@ class Progress:
         if not storage.is_local(output):
             if parts > 1:
                 raise UserError("parts need an output that is a folder all of them see, not a URL")
-            return cls.forgetful()
+            return cls.forgetful(kind)
         key = hashlib.blake2b(json.dumps(depends_on, sort_keys=True).encode(), digest_size=8).hexdigest()
-        progress = cls(Path(output.removeprefix("file://")) / FOLDER / "progress" / key, part, parts)
+        progress = cls(Path(output.removeprefix("file://")) / FOLDER / "progress" / key, part, parts, kind=kind)
         own = progress._file(part)
-        progress.found = _read(own)
+        progress.found = _read(own, kind)
         if own.exists():
             # A line cut off by the interruption must not become the beginning of the next one.
             content = own.read_bytes()
@@ -81,7 +87,7 @@ class Progress:
         every = dict(self.found)
         for part in range(self.parts):
             if part != self.part:
-                every |= _read(self._file(part))
+                every |= _read(self._file(part), self.kind)
         return every if len(every) == pictures else None
 
     def forget(self) -> None:
@@ -98,7 +104,7 @@ class Progress:
         return self.folder / f"{part}of{self.parts}.jsonl"
 
 
-def _read(path: Path) -> dict[str, Counts]:
+def _read(path: Path, kind: Callable[..., Any]) -> dict[str, Counts]:
     """Whole lines only: the last one may have been cut off."""
     if not path.exists():
         return {}
@@ -107,5 +113,5 @@ def _read(path: Path) -> dict[str, Counts]:
     found = {}
     for line in whole.decode().splitlines():
         name, methods = json.loads(line)
-        found[name] = {method: PictureCounts(**counts) for method, counts in methods.items()}
+        found[name] = {method: kind(**counts) for method, counts in methods.items()}
     return found

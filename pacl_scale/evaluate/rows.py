@@ -18,7 +18,7 @@ class Row:
     """A cell of the table; written as ``<run>/evals/<data_set>-<protocol>-<method>.json``."""
 
     task: str
-    """"segmentation" or "retrieval"."""
+    """"segmentation", "classification" or "retrieval"."""
     data_set: str
     protocol: dict[str, Any]
     method: str
@@ -28,6 +28,7 @@ class Row:
     scores: dict[str, Any]
     """The figures. Segmentation: miou, pixel_accuracy, mean_class_accuracy, miou_per_picture, boundary_iou,
     patch_accuracy, intervals, groups, per_class, and foreground where background is a class.
+    Classification: top1, top5, mean_per_class, intervals, per_class.
     Retrieval: image_to_text and text_to_image with R@k."""
     per_picture: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Scores of each picture by its name, rounded to 6 digits."""

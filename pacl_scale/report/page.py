@@ -90,6 +90,7 @@ def write_report(
         introduction=introduction,
         meanings=MEANINGS,
         segmentation=[scores.segmentation(evaluated, found) for found in segmentation],
+        classification=[scores.classification(found) for found in scores.by_data_set(rows, "classification")],
         retrieval=[scores.retrieval(found) for found in scores.by_data_set(rows, "retrieval")],
         tiles=scores.tiles(segmentation[0]) if segmentation else [],
         curves=curves_of(runs),

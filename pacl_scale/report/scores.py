@@ -18,6 +18,8 @@ INTERVAL_OF = {
     "pixel accuracy": "pixel_accuracy",
     "class accuracy": "mean_class_accuracy",
     "mIoU per picture": "miou_per_picture",
+    "top-1": "top1",
+    "top-5": "top5",
 }
 """Column to the score whose bootstrap interval stands below its figure."""
 
@@ -102,6 +104,28 @@ def retrieval(rows: Sequence[Row]) -> dict[str, Any]:
         "pictures": first.pictures,
         "texts": texts,
         "chance": min(1.0, 10 / first.pictures),
+        "table": _table(rows),
+    }
+
+
+CLASSES_NAMED = 5
+
+
+def classification(rows: Sequence[Row]) -> dict[str, Any]:
+    """The table of a data set of labelled pictures, and which classes the first method knows best and worst."""
+    first = rows[0]
+    present = [entry for entry in first.scores["per_class"] if entry["accuracy"] is not None]
+    order = sorted(present, key=lambda entry: -entry["accuracy"])
+    return {
+        "data_set": first.data_set,
+        "pictures": first.pictures,
+        "of": first.data.get("of"),
+        "classes": first.scores["classes"],
+        "templates": len(first.protocol["templates"]),
+        "template_set": first.protocol["template_set"],
+        "main": name_of(first.method),
+        "known": order[:CLASSES_NAMED],
+        "missed": order[: -CLASSES_NAMED - 1 : -1] if len(order) >= 2 * CLASSES_NAMED else [],
         "table": _table(rows),
     }
 
