@@ -152,7 +152,7 @@ def test_checkpoint_key_is_method_pacl() -> None:
         (["controls=[psychic]"], "psychic"),
         (["methods.untrained=x"], "name of a control"),
         (["protocol.name=a/b"], "protocol.name"),
-        (["retrieval.blocks.csv=x.csv"], "both have"),
+        (["retrieval.blocks.csv=x.csv"], "two tasks have"),
         (["segmentation.blocks.limit=-1"], "limit"),
         (["device=cuda"], "no usable CUDA"),
         (["methods.pacl=/nowhere"], "/nowhere"),
