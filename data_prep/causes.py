@@ -12,6 +12,7 @@ CAUSES = {
     "connection": "refused, reset or closed by the server or on the way",
     "dns": "the host's name does not resolve",
     "empty": "an answer without a body",
+    "evaluation_picture": "one of the pictures that fetch.exclude lists, or nearly",
     "not_an_image": "a body that cannot be decoded as a picture",
     "opt_out": "X-Robots-Tag asks not to be used for machine learning or indexing",
     "private_address": "the host, or a redirect, leads to an address that is not public",

@@ -6,6 +6,7 @@ missing counts.
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,11 +60,9 @@ def distribute(
         yield from run_tasks(work, shards, processes, deadline_s)
         return
     require(how)
+    _set_environment()
     with without("torch"):
         from img2dataset import distributor
-    # Workers of Spark and Ray are started by others and must find this package too.
-    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(CHECKOUT), *filter(None, paths)]))
     call = {
         "multiprocessing": distributor.multiprocessing_distributor,
         "pyspark": distributor.pyspark_distributor,
@@ -72,6 +71,16 @@ def distribute(
     # A process of multiprocessing's pool may have no children; there the deadline of a shard cannot be kept.
     supervised = Supervised(work, deadline_s, in_child=how != "multiprocessing")
     call(processes, supervised, shards, SHARDS_PER_JOB, 1)
+
+
+def _set_environment() -> None:
+    # Workers of Spark and Ray are started by others and must find this package too.
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(CHECKOUT), *filter(None, paths)]))
+    # Spark would take whatever "python3" is; the other two would call home.
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 
 SHARDS_PER_JOB = 1000

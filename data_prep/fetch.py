@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 
 import pacl_scale
 from data_prep import layout
 from data_prep.bar import shown
+from data_prep.decontaminate import describe_lists
 from data_prep.distribute import distribute, require
 from data_prep.guard import Limits, install
 from data_prep.imports import without
@@ -66,6 +67,11 @@ class FetchConfig:
     """A picture longer than this in one direction is refused."""
     smallest_side: int = 16
     """Pixels; a picture with a shorter side is refused."""
+    exclude: list[str] = field(default_factory=list)
+    """Lists of hashes of pictures that must not be in the data set, such as those of data sets to evaluate on; paths
+    or fsspec URLs, made by data_prep/decontaminate.py."""
+    exclude_distance: int = 4
+    """Bits of 64 in which a perceptual hash may differ from a listed one."""
     allowed_networks: list[str] = field(default_factory=list)
     """Networks that may be asked although their addresses are not public: [10.0.0.0/8] on an intranet."""
     honour_opt_out: bool = True
@@ -81,6 +87,8 @@ class FetchConfig:
                 raise ValueError(f"fetch.{name} must be positive")
         if self.largest_body_mb <= 0 or self.largest_megapixels <= 0 or self.largest_aspect_ratio < 1:
             raise ValueError("fetch.largest_body_mb and largest_megapixels must be positive, aspect ratio >= 1")
+        if not 0 <= self.exclude_distance <= 16:
+            raise ValueError("fetch.exclude_distance must be between 0 and 16: beyond, any two pictures are alike")
         if not 1 <= self.jpeg_quality <= 100:
             raise ValueError("fetch.jpeg_quality must be between 1 and 100")
         try:
@@ -145,6 +153,7 @@ def download_shard(
     import data_prep.verify  # noqa: F401 - what it needs may need torch; the rest below does not
 
     with without("torch"):
+        from data_prep.decontaminate import read_lists
         from data_prep.picture import PictureResizer
         from data_prep.shard import ShardDownloader, ShardWriter
 
@@ -153,6 +162,7 @@ def download_shard(
         most_pixels=most_pixels,
         smallest_side=config.smallest_side,
         largest_aspect_ratio=config.largest_aspect_ratio,
+        excluded=read_lists(tuple(config.exclude), config.exclude_distance) if config.exclude else None,
         image_size=config.image_size,
         resize_mode=config.resize_mode,
         resize_only_if_bigger=not config.upscale,
@@ -188,12 +198,16 @@ def pin_pictures(root_url: str, config: FetchConfig) -> None:
         UserError: shards that are there already were made with others.
     """
     url = storage.join(root_url, layout.PICTURES)
-    shaping = {name: getattr(config, name) for name in ("image_size", "resize_mode", "upscale", "jpeg_quality")}
+    names = ("image_size", "resize_mode", "upscale", "jpeg_quality")
+    shaping: dict[str, Any] = {name: getattr(config, name) for name in names}
+    if config.exclude:
+        shaping |= {"exclude": describe_lists(config.exclude), "exclude_distance": config.exclude_distance}
     before = layout.read_json(url)
     if before is None:
         layout.write_json(url, shaping)
         return
-    changed = [f"fetch.{name}={before.get(name)}" for name, value in shaping.items() if before.get(name) != value]
+    both = dict.fromkeys([*before, *shaping])
+    changed = [f"fetch.{name}={before.get(name)}" for name in both if before.get(name) != shaping.get(name)]
     if changed:
         raise UserError(f"{root_url} holds pictures made with {', '.join(changed)}; keep that or choose another output")
 

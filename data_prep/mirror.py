@@ -14,7 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import BinaryIO
 
 import numpy as np
@@ -28,7 +28,7 @@ from data_prep.report import Report, as_table
 from data_prep.survey import Survey
 from data_prep.verify import MEMORY_BYTES, THREADS, fetch_tar, sha256_of_stream
 from pacl_scale import storage
-from pacl_scale.data.index import INDEX_NAME, SampleIndex, build_index, list_shards
+from pacl_scale.data.index import INDEX_NAME, SampleIndex, build_index, hash_key, list_shards
 from pacl_scale.data.tar import DamagedTar, TarMember, read_members, split_name
 from pacl_scale.errors import RunFailed, UserError
 from pacl_scale.log import get_logger, progress
@@ -47,13 +47,18 @@ PICTURE_HEAD_BYTES = 1 << 16
 
 @dataclass
 class TarNotes:
-    """What a tar was found to hold; ``fault`` says why it cannot be used."""
+    """What a tar was found to hold.
+
+    ``causes`` counts the samples that cannot be used, ``unusable`` names those that only a look into them tells;
+    ``fault`` says why the whole tar cannot be used.
+    """
 
     bytes: int
     sha256: str = ""
     samples: int = 0
     causes: dict[str, int] = field(default_factory=dict)
     fault: str | None = None
+    unusable: list[str] = field(default_factory=list)
     sides: list[int] = field(default_factory=list)
     aspects: list[int] = field(default_factory=list)
     captions: list[int] = field(default_factory=list)
@@ -106,11 +111,13 @@ def check_foreign_tar(tar: BinaryIO, name: str) -> TarNotes:
         key, extension = split_name(member.name)
         samples.setdefault(key, {})[extension.lower()] = member
     causes: Counter[str] = Counter()
+    unusable: list[str] = []
     sizes: list[tuple[int, int, int]] = []
-    for parts in samples.values():
+    for key, parts in samples.items():
         found = _look_at(tar, parts)
         if isinstance(found, str):
             causes[found] += 1
+            unusable.append(key)
         else:
             sizes.append(found)
     survey = Survey()
@@ -118,7 +125,7 @@ def check_foreign_tar(tar: BinaryIO, name: str) -> TarNotes:
         widths, heights, lengths = np.array(sizes, np.int64).T
         survey.add_samples(widths, heights, lengths)
     histograms = [values.tolist() for values in (survey.sides, survey.aspects, survey.captions)]
-    return TarNotes(size, sha256, len(sizes), dict(causes.most_common()), None, *histograms)
+    return TarNotes(size, sha256, len(sizes), dict(causes.most_common()), None, unusable, *histograms)
 
 
 def _look_at(tar: BinaryIO, parts: Mapping[str, TarMember]) -> tuple[int, int, int] | str:
@@ -205,9 +212,26 @@ def _read_tar(root_url: str, name: str) -> TarNotes:
 def _index(root_url: str, names: list[str], notes: Mapping[str, TarNotes]) -> int:
     if storage.exists(storage.join(root_url, INDEX_NAME)):
         index = SampleIndex.load(root_url)
-        if [(shard.name, shard.size) for shard in index.shards] == [(name, notes[name].bytes) for name in names]:
+        expected = [(name, notes[name].bytes, notes[name].samples) for name in names]
+        if [(shard.name, shard.size, shard.samples) for shard in index.shards] == expected:
             return len(index)
-    return len(build_index(root_url, names))
+    index = build_index(root_url, names)
+    usable = np.ones(len(index), np.bool_)
+    for number, name in enumerate(names):
+        if notes[name].unusable:
+            keys = np.array([hash_key(key) for key in notes[name].unusable], np.uint64)
+            usable &= (index.shard != number) | ~np.isin(index.key, keys)
+    if not usable.all():
+        # The index knows members by their names only; here it is known what is in them.
+        index = replace(
+            index,
+            shards=[replace(shard, samples=notes[shard.name].samples) for shard in index.shards],
+            offset=index.offset[usable],
+            length=index.length[usable],
+            key=index.key[usable],
+        )
+        index.save()
+    return len(index)
 
 
 def _report(root_url: str, notes: Mapping[str, TarNotes], samples: int, seconds: float) -> Report:

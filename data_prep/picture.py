@@ -8,6 +8,7 @@ from img2dataset.resizer import Resizer
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_prep.causes import FetchError
+from data_prep.decontaminate import Excluded
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 ORIENTATION_TAG = 0x0112
@@ -26,11 +27,20 @@ class PictureResizer(Resizer):
         most_pixels: largest number of pixels that is decoded.
         smallest_side: least width and height of a picture that is kept.
         largest_aspect_ratio: of the longer to the shorter side.
+        excluded: pictures that are refused.
         options: those of img2dataset's Resizer.
     """
 
-    def __init__(self, most_pixels: int, smallest_side: int, largest_aspect_ratio: float, **options: Any) -> None:
+    def __init__(
+        self,
+        most_pixels: int,
+        smallest_side: int,
+        largest_aspect_ratio: float,
+        excluded: Excluded | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
+        self._excluded = excluded
         self._most_pixels = most_pixels
         self._smallest_side = smallest_side
         self._largest_aspect_ratio = largest_aspect_ratio
@@ -61,6 +71,8 @@ class PictureResizer(Resizer):
                 deep = picture.format == "PNG" and content[PNG_DEPTH_AT] == 16
                 # A PNG without the tag would be decoded by getexif() to look for one behind its pixels.
                 turned = "exif" in picture.info and picture.getexif().get(ORIENTATION_TAG, 1) != 1
+                if self._excluded is not None:
+                    self._excluded.check(content)
                 if deep or turned:
                     return _redrawn(picture)
         except Image.DecompressionBombError as error:

@@ -109,6 +109,7 @@ def test_every_configuration_loads(path: Path) -> None:
     words = ["url_list=x.tsv", "output=x", *(["metadata=y"] if path.stem == "yfcc15m" else [])]
     config = parse(DownloadConfig, ["--config", str(path), *words], "download")
     assert config.source == ("pairs" if path.stem == "demo" else path.stem)
+    assert config.expect.rows == sources.get(config.source).rows
     assert config.fetch.allowed_networks == (["127.0.0.0/8"] if path.stem == "demo" else [])
 
 
