@@ -18,11 +18,11 @@ from PIL import Image, ImageOps
 from pacl_scale import config, log, storage
 from pacl_scale.errors import UserError, run_command
 from pacl_scale.evaluate import overlay, places
-from pacl_scale.evaluate.labels import best_class
 from pacl_scale.evaluate.masks import UNLABELLED, index_png, run_lengths
 from pacl_scale.evaluate.methods import PACL, Method, Towers, choose_device, load_methods
 from pacl_scale.evaluate.pictures import PICTURE_SUFFIXES, read_picture
-from pacl_scale.evaluate.protocol import Protocol, as_input, class_vectors, patch_scores
+from pacl_scale.evaluate.protocol import Protocol
+from pacl_scale.look import find, see
 
 PROG = "python -m pacl_scale.segment"
 MAX_SIDE = 1600
@@ -203,7 +203,6 @@ def _segment_one(
     return output, ordered | ({"(none of these)": rest} if has_rest else {})
 
 
-@torch.no_grad()
 def segment(
     picture: Image.Image,
     words: Sequence[str],
@@ -213,15 +212,7 @@ def segment(
     threshold: float | None = None,
 ) -> np.ndarray:
     """Position in ``words`` of each pixel (H, W) int64; ``overlay.NOTHING`` below the threshold."""
-    vision = towers.vision
-    size = protocol.input_size(picture.height, picture.width, vision.preprocess.image_size, vision.patch_size)
-    tokens = vision.encode(as_input(picture, size, vision.preprocess)[None].to(towers.device))
-    vectors_ND = class_vectors(towers.text, [[word] for word in words], protocol).to(towers.device)
-    scores_1Nhw = patch_scores(method.embed(tokens.tokens), vectors_ND, tokens.grid)
-    labels_HW, best_HW = best_class(scores_1Nhw[0], picture.height, picture.width)
-    if threshold is not None:
-        labels_HW = torch.where(best_HW >= threshold, labels_HW, overlay.NOTHING)
-    return labels_HW.cpu().numpy()
+    return find(see(picture, towers, method, protocol), words, towers, protocol, threshold).labels_HW
 
 
 def draw(

@@ -212,16 +212,25 @@ def _read_mask(address: str) -> np.ndarray:
 
 
 def _open(address: str) -> Image.Image:
-    content = places.read(address)
+    return open_picture(places.read(address), address)
+
+
+def open_picture(content: bytes, name: str, most_pixels: int = 0) -> Image.Image:
+    """A decoded picture from anywhere; ``most_pixels`` (0: :data:`MAX_PIXELS`) is asked before anything is decoded.
+
+    Raises:
+        UserError: it is no picture, is damaged, or has too many pixels; ``name`` is how the sentence calls it.
+    """
+    most = most_pixels or MAX_PIXELS
     try:
         picture = Image.open(io.BytesIO(content), formats=FORMATS)
-        if picture.width * picture.height > MAX_PIXELS:
-            raise UserError(f"{address} has more than {MAX_PIXELS // 1_000_000} million pixels")
+        if picture.width * picture.height > most:
+            raise UserError(f"{name} has more than {most // 1_000_000} million pixels")
         picture.load()
     except UnidentifiedImageError as error:
-        raise UserError(f"{address} is not a picture") from error
+        raise UserError(f"{name} is not a picture") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{address} cannot be read as a picture ({error})") from error
+        raise UserError(f"{name} cannot be read as a picture ({error})") from error
     return picture
 
 
