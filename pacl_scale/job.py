@@ -90,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             nodes = usable_nodes(allocated, settings.tasks_per_node, settings.global_batch_size)
             ranks = nodes * settings.tasks_per_node
             print(f"export SLURM_NNODES={nodes} SLURM_JOB_NUM_NODES={nodes} SLURM_NTASKS={ranks} SLURM_NPROCS={ranks}")
+            print(f"export SLURM_NTASKS_PER_NODE={settings.tasks_per_node}; unset SLURM_TASKS_PER_NODE")
     else:
         requeue(run, job, settings.attempts)
     return 0
@@ -181,15 +182,19 @@ def exclude(job: str, unfit: list[str]) -> None:
     Raises:
         UserError: Slurm does not let us.
     """
+    refused: UserError | None = None
     for _ in range(20):
-        shown = ask_slurm("scontrol", "--oneliner", "show", "job", job).split()
-        fields = dict(word.split("=", 1) for word in shown if "=" in word)
-        if fields.get("JobState") == "PENDING":
-            before = [fields["ExcNodeList"]] if fields.get("ExcNodeList", "(null)") != "(null)" else []
-            ask_slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*before, *unfit])}")
+        try:
+            shown = ask_slurm("scontrol", "--oneliner", "show", "job", job).split()
+            before = next((word.partition("=")[2] for word in shown if word.startswith("ExcNodeList=")), "(null)")
+            nodes = [*([before] if before != "(null)" else []), *unfit]
+            ask_slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}")
             return
-        time.sleep(0.2)
-    raise UserError(f"job {job} is not queued yet; keep it off {', '.join(unfit)} by hand: scontrol update JobId={job}")
+        except UserError as error:
+            # It may not be queued yet.
+            refused = error
+            time.sleep(0.2)
+    raise UserError(f"job {job} could not be kept off {', '.join(unfit)} ({refused})")
 
 
 def state_of(job: str) -> str | None:

@@ -290,18 +290,21 @@ def executor_for(settings: SubmitConfig, run: Path, global_batch_size: int) -> A
     claims = [f"{claim} || exit"]
     shared = cluster_parameters(settings)
     shared["additional_parameters"]["requeue"] = True
+    cpus, tasks_per_node = settings.cpus_per_task, {"ntasks_per_node": settings.tasks}
     if settings.min_nodes is not None:
+        # Told of tasks, Slurm gives as few nodes as hold them; so it is told of cores, and srun of tasks.
+        cpus, tasks_per_node = cpus or 1, {}
+        shared["cpus_per_task"] = settings.tasks * cpus
         shared["additional_parameters"]["nodes"] = f"{settings.min_nodes}-{settings.nodes}"
         shape = f"--tasks_per_node={settings.tasks} --global_batch_size={global_batch_size}"
         claims = [f"shape=$({claim} {shape}) || exit", 'eval "$shape"  # as many nodes as share the batch evenly']
     executor.update_parameters(
         job_name=f"pacl-{run.name}",
         nodes=settings.nodes,
-        ntasks_per_node=settings.tasks,
         gpus_per_node=settings.gpus_per_node or None,
         signal_delay_s=settings.signal_seconds,
         # When a rank is gone the others say so and end; those that do not are ended.
-        srun_args=["--wait=120", *([f"--cpus-per-task={settings.cpus_per_task}"] if settings.cpus_per_task else [])],
+        srun_args=["--wait=120", *([f"--cpus-per-task={cpus}"] if cpus else [])],
         setup=[
             *shared.pop("setup"),
             'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
@@ -315,6 +318,7 @@ def executor_for(settings: SubmitConfig, run: Path, global_batch_size: int) -> A
             "fi",
             "exit $status",
         ],
+        **tasks_per_node,
         **shared,
     )
     if settings.time is None:

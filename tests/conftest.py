@@ -4,6 +4,7 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
+from slurm_cluster import Cluster, missing, slurm_cluster
 from training import VECTORS, write_features
 
 from pacl_scale.errors import UserError
@@ -48,3 +49,23 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> str:
 def quick_features(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The same with text vectors beside them, for tests that train often."""
     return write_features(tmp_path_factory.mktemp("data") / "quick_features", vectors=VECTORS)
+
+
+@pytest.fixture(scope="session")
+def started_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A Slurm cluster of four nodes with two pretended GPUs each, whose arrays have at most ten jobs."""
+    if why_not := missing():
+        pytest.skip(f"no Slurm cluster can be started here: {why_not}")
+    with slurm_cluster(tmp_path_factory.mktemp("slurm"), nodes=4, gpus=2, max_array_size=10) as running:
+        yield running
+
+
+@pytest.fixture
+def cluster(started_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """The same with the environment set for one test, and all nodes up."""
+    for name, value in started_cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    started_cluster.wait_for_nodes()
+    return started_cluster

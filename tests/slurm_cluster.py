@@ -39,13 +39,15 @@ def find(program: str) -> str | None:
 class Cluster:
     """A running cluster. Commands find it through :attr:`environment`."""
 
-    def __init__(self, folder: Path, nodes: int, gpus: int) -> None:
+    def __init__(self, folder: Path, nodes: int, gpus: int, max_array_size: int = 1001) -> None:
         self.folder = folder
         self.names = [f"n{number}" for number in range(1, nodes + 1)]
         self.environment = {"SLURM_CONF": str(folder / "slurm.conf")}
+        self.small_disk = folder / "small"
+        """A folder on a disk of four MiB, seen by all nodes."""
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._uts: dict[str, str] = {}
-        self._write_files(gpus)
+        self._write_files(gpus, max_array_size)
 
     def run(self, *words: str, check: bool = True) -> str:
         """What a command on this cluster prints."""
@@ -82,10 +84,52 @@ class Cluster:
         munge += [f"--key-file={key}", f"--socket={socket_path}", "--force", "--foreground", "--num-threads=2"]
         self._start("munged", find("munged") or "", *munge)
         until(socket_path.exists, 10, lambda: "munged does not start:\n" + self._log("munged"))
-        self._start("slurmctld", find("slurmctld") or "", "-D", "-f", self.environment["SLURM_CONF"])
+        self.start_controller()
+        self.small_disk.mkdir()
+        # Before the nodes start: what is mounted later they do not see.
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(self.small_disk)], check=True)
         for name in self.names:
             self.power_on(name)
-        until(lambda: self._idle() == set(self.names), 40, lambda: f"only {self._idle()} came up:\n{self._log('n1')}")
+        self.wait_for_nodes()
+
+    def wait_for_nodes(self) -> None:
+        """Until every node can take jobs."""
+
+        def up() -> set[str]:
+            return set(self.run("sinfo", "-h", "-N", "-t", "idle,mix,alloc", "-o", "%N", check=False).split())
+
+        until(lambda: up() == set(self.names), 40, lambda: f"only {up()} came up:\n{self._log('n1')}")
+
+    def start_controller(self) -> None:
+        """Start the controller; it goes on from the state on disk."""
+        self._start("slurmctld", find("slurmctld") or "", "-D", "-f", self.environment["SLURM_CONF"])
+
+    def kill_controller(self) -> None:
+        """End the controller at once; jobs that run go on."""
+        daemon = self._daemons.pop("slurmctld")
+        daemon.kill()
+        daemon.wait(10)
+
+    def restart_daemon(self, name: str) -> None:
+        """End a node's slurmd and start it again in the same namespaces; what runs on the node goes on."""
+        daemon = self._daemons.pop(name)
+        daemon.kill()
+        daemon.wait(10)
+        self.power_on(name)
+
+    def answers(self) -> bool:
+        """Whether the controller does."""
+        return (
+            subprocess.run(["scontrol", "ping"], capture_output=True, env=os.environ | self.environment).stdout.find(
+                b"is UP"
+            )
+            > 0
+        )
+
+    def fill(self, name: str, folder: Path) -> None:
+        """On one node, put a disk of one MiB in a folder's place."""
+        mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+        subprocess.run(["nsenter", f"--mount=/proc/{self._daemons[name].pid}/ns/mnt", *mount], check=True)
 
     def power_on(self, name: str) -> None:
         """Start a node."""
@@ -122,6 +166,8 @@ class Cluster:
                 daemon.kill()
                 daemon.wait(10)
         self._daemons.clear()
+        if self.small_disk.is_mount():
+            subprocess.run(["umount", str(self.small_disk)], check=True)
 
     def _start(self, name: str, *words: str) -> None:
         with (self.folder / f"{name}.out").open("ab") as log:
@@ -132,9 +178,6 @@ class Cluster:
     def _log(self, name: str) -> str:
         return (self.folder / f"{name}.out").read_text(errors="replace")[-2000:]
 
-    def _idle(self) -> set[str]:
-        return set(self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N", check=False).split())
-
     def _hostname_set(self, name: str) -> bool:
         self._uts[name] = _namespace(self._daemons[name].pid)
         return self._uts[name] != _namespace(os.getpid())
@@ -143,7 +186,7 @@ class Cluster:
         pids = [int(entry) for entry in os.listdir("/proc") if entry.isdecimal()]
         return [pid for pid in pids if _namespace(pid) == self._uts[name]]
 
-    def _write_files(self, gpus: int) -> None:
+    def _write_files(self, gpus: int, max_array_size: int) -> None:
         for folder in ("state", "spool", *(f"spool/{name}" for name in self.names)):
             (self.folder / folder).mkdir()
         hosts = ["127.0.0.1 localhost " + socket.gethostname(), *(f"127.0.0.1 {name}" for name in self.names)]
@@ -178,6 +221,7 @@ class Cluster:
             "SelectType": "select/cons_tres",
             "SelectTypeParameters": "CR_CPU",
             "SchedulerParameters": "sched_interval=2,bf_interval=2",
+            "MaxArraySize": max_array_size,
             "PreemptType": "preempt/partition_prio",
             "PreemptMode": "REQUEUE",
             "SlurmdTimeout": 10,
@@ -197,11 +241,11 @@ class Cluster:
 
 
 @contextmanager
-def slurm_cluster(folder: Path, nodes: int = 2, gpus: int = 0) -> Iterator[Cluster]:
+def slurm_cluster(folder: Path, nodes: int = 2, gpus: int = 0, max_array_size: int = 1001) -> Iterator[Cluster]:
     """A cluster of ``nodes`` nodes with ``gpus`` pretended GPUs each, for the length of a ``with`` block."""
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o755)
-    cluster = Cluster(folder, nodes, gpus)
+    cluster = Cluster(folder, nodes, gpus, max_array_size)
     try:
         cluster.start()
         yield cluster

@@ -1,0 +1,71 @@
+"""A sweep of sixty cells on a real Slurm of four nodes: one loses power, and five cells cannot succeed."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+from slurm_cluster import Cluster, until
+from sweeps import words_for, write_data, write_runs
+
+from pacl_scale.errors import RunFailed
+from pacl_scale.evaluate.rows import read_rows
+from pacl_scale.sweep import ledger, main
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+RUNS = ["a", "b", "c", "d", "e"]
+DATA_SETS = [f"set_{number:02}" for number in range(12)]
+BROKEN = DATA_SETS[6]
+
+
+@pytest.mark.timeout(400)
+def test_sixty_cells_a_dying_node_and_five_crashes(cluster: Cluster, tmp_path: Path) -> None:
+    runs = write_runs(tmp_path, RUNS)
+    evaluation = write_data(tmp_path, DATA_SETS, BROKEN)
+    # Five cells a job are twelve jobs, and an array may have ten.
+    words = words_for(tmp_path, runs, evaluation, "--job-minutes=5", "--throttle=4")
+    sweep = tmp_path / "sweep"
+    lost = threading.Thread(target=lose_a_node, args=(cluster, sweep))
+    lost.start()
+    try:
+        with pytest.raises(RunFailed, match="5 of 60 cells failed") as failed:
+            main(words)
+    finally:
+        lost.join()
+        cluster.power_on("n2")
+    named = str(failed.value).splitlines()[1:]
+    assert len(named) == 5
+    for run, line in zip(RUNS, sorted(named), strict=True):
+        assert line.startswith(f"  {run}-7-{BROKEN}-fast-")
+        assert line.endswith(f"{tmp_path}/data/{BROKEN}/masks/1.png is not a picture")
+
+    folders = sorted((sweep / "cells").iterdir())
+    rows = {folder.name: read_rows(str(folder)) for folder in folders}
+    assert len(rows) == 60
+    assert sum(any(row.method == "pacl" for row in found) for found in rows.values()) == 55
+    entries = {folder.name: ledger.read(folder) for folder in folders}
+    outcomes = [one.outcome for entry in entries.values() if entry for one in entry.attempts]
+    assert outcomes.count("done") == 55 and outcomes.count("refused") == 5
+    arrays = {one.job.partition("_")[0] for entry in entries.values() if entry for one in entry.attempts}
+    assert len(arrays) >= 2, "twelve jobs are more than one array of ten"
+    assert all(int(one.job.partition("_")[2]) < 10 for entry in entries.values() if entry for one in entry.attempts)
+    assert (sweep / "results.csv").read_text().count("\n") == 1 + 2 * 55, "pacl and untrained, and the heading"
+
+    with pytest.raises(RunFailed, match="5 of 60 cells failed"):
+        main(words)
+    again = {folder.name: ledger.read(folder) for folder in folders}
+    tried = [name for name, entry in again.items() if entry and entry.attempts != entries[name].attempts]  # type: ignore[union-attr]
+    assert len(tried) == 5 and all(BROKEN in name for name in tried)
+
+
+def lose_a_node(cluster: Cluster, sweep: Path) -> None:
+    """Switch a node off while it works on a cell."""
+
+    def at_work() -> bool:
+        files = list(sweep.glob(f"cells/*/{ledger.FILE}"))
+        lasts = [json.loads(file.read_text())["attempts"][-1:] for file in files]
+        return any(one["node"] == "n2" and one["outcome"] == "running" for last in lasts for one in last)
+
+    until(at_work, 120)
+    cluster.power_off("n2")
