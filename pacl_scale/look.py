@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pacl_scale.errors import UserError
 from pacl_scale.evaluate import overlay
 from pacl_scale.evaluate.heat import word_maps
 from pacl_scale.evaluate.labels import Lattice, View, label_pixels, merged
@@ -52,14 +53,21 @@ class Found:
         return {word: float((self.labels_HW == number).mean()) for number, word in enumerate(words)}
 
 
+def check_protocol(towers: Towers, protocol: Protocol) -> None:
+    """Raise :class:`UserError` where the towers cannot be used under a protocol."""
+    try:
+        check_stride(towers.vision, protocol)
+    except ValueError as error:
+        raise UserError(f"stride={protocol.stride} does not suit this vision tower: {error}") from error
+
+
 @torch.no_grad()
 def see(picture: Image.Image, towers: Towers, method: Method, protocol: Protocol) -> Seen:
     """Pass an RGB picture through the tower and the embedder, view by view.
 
     Raises:
-        ValueError: the tower cannot have the protocol's stride.
+        ValueError: the tower cannot have the protocol's stride; :func:`check_protocol` says so before.
     """
-    check_stride(towers.vision, protocol)
     size = (picture.height, picture.width)
     prepared = prepare(0, picture, np.zeros(size, np.int64), towers.vision, protocol)
     embedded = []

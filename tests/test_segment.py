@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from colours import install as install_towers
@@ -14,6 +15,8 @@ from PIL import Image
 from pacl_scale.errors import UserError, run_command
 from pacl_scale.evaluate import overlay
 from pacl_scale.segment import SegmentConfig, main, segment_file
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
 
 
 @pytest.fixture
@@ -94,6 +97,67 @@ def test_every_picture_of_a_folder_is_segmented(place: Path, capsys: pytest.Capt
         assert complaint in capsys.readouterr().err
 
 
+def test_heat_maps_are_bright_where_a_word_fits(place: Path) -> None:
+    settings = SegmentConfig("run", "o.png", heat=True, background=["green"])
+    segment_file(settings, "picture.png", ["red", "blue"])
+    heat = json.loads((place / "o.json").read_text())["heat"]
+    assert heat["files"] == {"red": "o.heat-0.png", "blue": "o.heat-1.png"} and heat["low"] < 0 < heat["high"]
+    red, blue = (pixels(place / name) for name in heat["files"].values())
+    assert red.shape == (80, 160) and red[0, 0] > 200 > 60 > red[79, 159] and blue[79, 159] > 200 > 60 > blue[0, 0]
+
+
+def test_finer_strides_windows_scales_and_flips_find_the_edge(place: Path) -> None:
+    def edge(**settings: object) -> float:
+        return segment_file(SegmentConfig("run", "o.png", **settings), "picture.png", ["red", "blue"])[1]["red"]  # type: ignore[arg-type]
+
+    coarse, fine = edge(), edge(stride=1, size=64)
+    assert abs(fine - 0.25) <= abs(coarse - 0.25) and fine == pytest.approx(0.25, abs=0.02)
+    for settings in ({"size": 64, "window": 32}, {"scales": (1.0, 2.0)}, {"flip": True, "stride": 2}):
+        assert edge(**settings) == pytest.approx(0.25, abs=0.06)
+
+
+def write_video(path: Path, seconds: int = 3, rate: int = 8) -> None:
+    """Red above blue at first, and from the second second on blue above red."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for number in range(seconds * rate):
+            frame = np.zeros((64, 64, 3), np.uint8)
+            frame[:32], frame[32:] = (RED, BLUE) if number < rate else (BLUE, RED)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi"])
+def test_frames_of_a_video(place: Path, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write_video(place / f"film.{suffix}")
+    words = [f"film.{suffix}", "red", "blue", "--checkpoint=run", "--output=out", "--masks=true"]
+    assert main(words) == 0
+    assert sorted(path.name for path in (place / "out").glob("*.mask.png")) == [
+        f"film-{milliseconds:08d}.segmented.mask.png" for milliseconds in (0, 1000, 2000)
+    ]
+    tops = [pixels(path)[4, 32] for path in sorted((place / "out").glob("*.mask.png"))]
+    assert tops == [0, 1, 1], "the word of the upper half"
+    assert main([*words[:-2], "--output=more", "--frames_per_second=4"]) == 0
+    assert len(list((place / "more").glob("*.segmented.png"))) == 12
+
+
+def test_what_is_no_video_ends_in_one_sentence(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_video(place / "whole.mp4")
+    (place / "text.mp4").write_text("no video")
+    (place / "cut.mkv").write_bytes((place / "whole.mp4").read_bytes()[:300])
+    # A playlist under a video's name, which leads to another file.
+    (place / "list.mp4").write_text(
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\n{place}/whole.mp4\n#EXT-X-ENDLIST\n"
+    )
+    (place / "concat.mp4").write_text(f"ffconcat version 1.0\nfile {place}/whole.mp4\n")
+    for name in ("text.mp4", "cut.mkv", "list.mp4", "concat.mp4", "absent.mp4", "s3://bucket/film.mp4"):
+        assert run_command(lambda name=name: main([name, "red", "blue", "--checkpoint=run"])) == 2
+        said = capsys.readouterr().err.strip().splitlines()
+        assert len(said) == 1 and name in said[0]
+    assert not list(place.glob("*.segmented.png"))
+
+
 def test_one_word_alone_gets_everything_and_a_warning(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["picture.png", "red", "--checkpoint=run"]) == 0
     said = capsys.readouterr()
@@ -125,6 +189,9 @@ def test_a_turned_photograph_is_segmented_upright(place: Path) -> None:
         (["picture.png", "red", "--opacity=2"], "opacity"),
         (["picture.png", "red", "--threshold=2"], "threshold"),
         (["picture.png", "red", "--size=-1"], "size"),
+        (["picture.png", "red", "--stride=-1"], "stride"),
+        (["picture.png", "red", "--scales=[0]"], "scales"),
+        (["picture.png", "red", "--frames_per_second=0"], "frames_per_second"),
         (["picture.png", "red", "--shade=1"], "shade"),
     ],
 )

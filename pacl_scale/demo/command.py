@@ -14,6 +14,7 @@ from pacl_scale.errors import UserError
 from pacl_scale.evaluate.command import run_of
 from pacl_scale.evaluate.methods import PACL, choose_device, load_methods
 from pacl_scale.evaluate.protocol import Protocol
+from pacl_scale.look import check_protocol
 
 PROG = "python -m pacl_scale.demo"
 
@@ -91,6 +92,7 @@ def open_studio(settings: DemoConfig, checkpoint: str) -> Studio:
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     towers, (method,) = load_methods({PACL: checkpoint}, None, choose_device(settings.device), dtype)
     protocol = Protocol(size=settings.size, stride=settings.stride, templates=settings.templates)
+    check_protocol(towers, protocol)
     examples = examples_in(settings.examples, run_of(checkpoint))
     return Studio(towers, method, protocol, settings.megapixels * 1_000_000, examples, checkpoint)
 

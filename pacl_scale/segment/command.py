@@ -1,33 +1,26 @@
-"""Pictures and some words in, masks out: ``python -m pacl_scale.segment photo.jpg dog sofa``.
+"""The command: pictures, folders and videos in; overlays, masks, heat maps and shares out."""
 
-Every pixel goes to the word whose text vector is nearest to the embedded patches around it.
-"""
-
-import io
-import json
 import posixpath
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from pacl_scale import config, log, storage
-from pacl_scale.errors import UserError, run_command
+from pacl_scale.errors import UserError
 from pacl_scale.evaluate import overlay, places
-from pacl_scale.evaluate.masks import UNLABELLED, index_png, run_lengths
+from pacl_scale.evaluate.masks import UNLABELLED
 from pacl_scale.evaluate.methods import PACL, Method, Towers, choose_device, load_methods
 from pacl_scale.evaluate.pictures import PICTURE_SUFFIXES, read_picture
 from pacl_scale.evaluate.protocol import Protocol
-from pacl_scale.look import find, see
+from pacl_scale.look import check_protocol, find, see
+from pacl_scale.segment.frames import frames_of, is_video
+from pacl_scale.segment.results import upright, write_heat, write_masks, write_overlay
 
 PROG = "python -m pacl_scale.segment"
-MAX_SIDE = 1600
-"""Larger pictures are drawn at most this wide or high, in pixels; the tower sees less than that anyway."""
-
 logger = log.get_logger("pacl_scale.segment")
 
 
@@ -39,7 +32,7 @@ class SegmentConfig:
     """Run directory or checkpoint."""
 
     output: str | None = None
-    """PNG to write; not given, `<picture>.segmented.png` in the current directory. Of a folder of pictures: the folder
+    """PNG to write; not given, `<picture>.segmented.png` in the current directory. Of a folder or a video: the folder
     for all results; not given, the current directory."""
 
     words_file: str | None = None
@@ -48,6 +41,13 @@ class SegmentConfig:
     masks: bool = False
     """Also write, beside the overlay, `.mask.png` (values are positions in the list of words, 255 is none of them) and
     `.json` (words, shares, and each word's mask as COCO's uncompressed RLE)."""
+
+    heat: bool = False
+    """Also write a `.heat-N.png` for the Nth word (values 0 to 255 of a palette): how well it fits each part, on one
+    scale for all words, which the `.json` states."""
+
+    frames_per_second: float = 1.0
+    """Of a video, so many frames of each second are segmented, each into files of its own."""
 
     background: list[str] = field(default_factory=list)
     """Words for everything else, e.g. `[sky, grass]`: they compete for pixels but get no colour."""
@@ -58,6 +58,18 @@ class SegmentConfig:
     size: int = 0
     """Pixels of the picture's short side in the vision tower; more finds smaller things and takes longer.
     0 takes the tower's own."""
+
+    stride: int = 0
+    """Pixels between neighbouring patches; 0 is the patch size. Less is finer and slower."""
+
+    window: int = 0
+    """Side in pixels of square windows that slide over the resized picture; 0 shows it whole. For large `size`."""
+
+    scales: tuple[float, ...] = (1.0,)
+    """The picture is shown at `size` times each of these, and the scores are averaged."""
+
+    flip: bool = False
+    """Also show the picture mirrored, and average."""
 
     templates: Literal["paper", "single", "none"] = "paper"
     """Prompts around each word: the paper's seven, "a photo of a {}.", or the bare word."""
@@ -76,14 +88,28 @@ class SegmentConfig:
             raise ValueError("opacity lies between 0 and 1")
         if self.threshold is not None and not -1 <= self.threshold <= 1:
             raise ValueError("threshold is a cosine and lies between -1 and 1")
-        if self.size < 0:
-            raise ValueError("size cannot be negative")
+        if self.frames_per_second <= 0:
+            raise ValueError("frames_per_second must be positive")
+        # A protocol refuses what it cannot be: ask for it now.
+        _ = self.protocol
+
+    @property
+    def protocol(self) -> Protocol:
+        """How pictures are shown to the model."""
+        return Protocol(
+            size=self.size,
+            stride=self.stride,
+            window=self.window,
+            scales=self.scales,
+            flip=self.flip,
+            templates=self.templates,
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The verb ``segment``. Returns 0; raises :class:`pacl_scale.errors.UserError` for a user's mistake."""
     positionals: list[tuple[str, dict[str, Any]]] = [
-        ("picture", {"help": "Path or URL of a picture, or of a folder of pictures."}),
+        ("picture", {"help": "Path or URL of a picture or a folder of pictures, or a video."}),
         ("words", {"nargs": "*", "metavar": "word", "help": "What to look for; quote phrases: 'red car'."}),
     ]
     settings, given = config.parse(SegmentConfig, argv, PROG, positionals)
@@ -101,11 +127,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def segment_files(
     settings: SegmentConfig, address: str, words: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    """Segment one picture, or every picture of a folder in the order of names; see :func:`segment_file`.
+    """Segment one picture, every picture of a folder in the order of names, or a video's frames.
+
+    See :func:`segment_file`.
 
     Raises:
         UserError: as :func:`segment_file`; or a folder without a picture, or with two pictures of one stem.
     """
+    if is_video(address):
+        yield from _segment_video(settings, address, words)
+        return
     if not places.is_folder(address):
         yield segment_file(settings, address, words)
         return
@@ -119,7 +150,21 @@ def segment_files(
     loaded = _load(settings)
     for name, stem in zip(names, stems, strict=True):
         output = storage.join(settings.output or ".", f"{stem}.segmented.png")
-        yield _segment_one(settings, storage.join(address, name), words, asked, output, loaded)
+        at = storage.join(address, name)
+        yield _segment_one(settings, at, read_picture(at), words, asked, output, loaded)
+
+
+def _segment_video(
+    settings: SegmentConfig, address: str, words: Sequence[str]
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Every so many frames; a file's name holds the milliseconds at which its frame stands."""
+    asked = _asked(settings, words)
+    loaded, stem = None, posixpath.splitext(posixpath.basename(address))[0]
+    for milliseconds, picture in frames_of(address, settings.frames_per_second):
+        # A file that is no video is named before the model is loaded.
+        loaded = loaded or _load(settings)
+        output = storage.join(settings.output or ".", f"{stem}-{milliseconds:08d}.segmented.png")
+        yield _segment_one(settings, address, picture, words, asked, output, loaded)
 
 
 def segment_file(settings: SegmentConfig, address: str, words: Sequence[str]) -> tuple[str, dict[str, float]]:
@@ -133,10 +178,10 @@ def segment_file(settings: SegmentConfig, address: str, words: Sequence[str]) ->
         UserError: no such file, not a picture, no checkpoint, an empty or repeated word.
     """
     asked = _asked(settings, words)
-    read_picture(address)
+    picture = read_picture(address)
     stem = posixpath.splitext(posixpath.basename(address))[0]
     output = settings.output or f"{stem}.segmented.png"
-    return _segment_one(settings, address, words, asked, output, _load(settings))
+    return _segment_one(settings, address, picture, words, asked, output, _load(settings))
 
 
 def _asked(settings: SegmentConfig, words: Sequence[str]) -> list[str]:
@@ -162,12 +207,14 @@ def _load(settings: SegmentConfig) -> tuple[Towers, Method]:
     device = choose_device(settings.device)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     towers, (method,) = load_methods({PACL: settings.checkpoint}, None, device, dtype)
+    check_protocol(towers, settings.protocol)
     return towers, method
 
 
 def _segment_one(
     settings: SegmentConfig,
     address: str,
+    picture: Image.Image,
     words: Sequence[str],
     asked: Sequence[str],
     output: str,
@@ -175,62 +222,20 @@ def _segment_one(
 ) -> tuple[str, dict[str, float]]:
     towers, method = loaded
     words = asked[: len(words)]
-    picture = upright(read_picture(address))
+    picture = upright(picture)
     if len(asked) == 1 and settings.threshold is None:
         logger.warning("one word alone gets every pixel; add words, --background or --threshold", word=asked[0])
 
-    protocol = Protocol(size=settings.size, templates=settings.templates)
-    labels_HW = segment(picture, asked, towers, method, protocol, settings.threshold)
-    labels_HW[labels_HW >= len(words)] = overlay.NOTHING
-    shares = {word: float((labels_HW == number).mean()) for number, word in enumerate(words)}
-    drawn = draw(picture, labels_HW, words, shares, settings.opacity)
-    buffer = io.BytesIO()
-    drawn.save(buffer, "PNG")
-    storage.write_bytes(output, buffer.getvalue())
-    if settings.masks:
-        stem = output.removesuffix(".png")
-        storage.write_bytes(f"{stem}.mask.png", index_png(labels_HW, overlay.colours(len(words))))
-        found = [
-            {"word": word, "share": shares[word], "rle": run_lengths(labels_HW == number)}
-            for number, word in enumerate(words)
-        ]
-        content = {"picture": address, "height": picture.height, "width": picture.width, "words": found}
-        storage.write_bytes(f"{stem}.json", (json.dumps(content) + "\n").encode())
+    protocol = settings.protocol
+    found = find(see(picture, towers, method, protocol), asked, towers, protocol, settings.threshold)
+    labels_HW = np.where(found.labels_HW < len(words), found.labels_HW, overlay.NOTHING)
+    shares = write_overlay(output, picture, labels_HW, words, settings.opacity)
+    stem = output.removesuffix(".png")
+    heat = write_heat(stem, found, words) if settings.heat else {}
+    if settings.masks or settings.heat:
+        write_masks(stem, address, labels_HW, shares, {"heat": heat} if heat else {})
 
     ordered = dict(sorted(shares.items(), key=lambda item: -item[1]))
     rest = float((labels_HW == overlay.NOTHING).mean())
     has_rest = settings.threshold is not None or settings.background
     return output, ordered | ({"(none of these)": rest} if has_rest else {})
-
-
-def segment(
-    picture: Image.Image,
-    words: Sequence[str],
-    towers: Towers,
-    method: Method,
-    protocol: Protocol,
-    threshold: float | None = None,
-) -> np.ndarray:
-    """Position in ``words`` of each pixel (H, W) int64; ``overlay.NOTHING`` below the threshold."""
-    return find(see(picture, towers, method, protocol), words, towers, protocol, threshold).labels_HW
-
-
-def draw(
-    picture: Image.Image, labels_HW: np.ndarray, words: Sequence[str], shares: dict[str, float], opacity: float
-) -> Image.Image:
-    """The overlay: colours over the picture, each word on its region, and a legend with shares below."""
-    palette = overlay.colours(len(words))
-    colored = overlay.draw_labels(overlay.blend(picture, labels_HW, palette, opacity), labels_HW, words)
-    entries = [(palette[number], f"{word} {100 * shares[word]:.1f} %") for number, word in enumerate(words)]
-    return overlay.with_legend(colored, entries)
-
-
-def upright(picture: Image.Image) -> Image.Image:
-    """The picture as its camera meant it to be seen, and no larger than :data:`MAX_SIDE`."""
-    turned = ImageOps.exif_transpose(picture)
-    turned.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-    return turned
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(main))
