@@ -1,0 +1,265 @@
+"""Cells, packs, results and the runner, on this machine; `test_slurm_sweep.py` has the arrays."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from slurm_cluster import until
+from sweeps import words_for, write_checkpoint, write_data, write_runs
+from training import settings_for
+
+from pacl_scale import config
+from pacl_scale.errors import RunFailed, UserError
+from pacl_scale.sweep import cells, ledger, main, results
+from pacl_scale.sweep.command import SweepConfig, alone, grid_of
+from pacl_scale.sweep.runner import packed
+from pacl_scale.sweep.worker import INTERRUPTIONS, may_try
+
+
+def grid(tmp_path: Path, evaluation: str, runs: dict[str, str], **changes: Any) -> list[cells.Cell]:
+    settings = SweepConfig(output=str(tmp_path / "sweep"), checkpoints=runs, evaluation=[evaluation], **changes)
+    return grid_of(settings, tmp_path / "sweep")[1]
+
+
+def test_a_cells_name_holds_all_that_decides_its_figures(tmp_path: Path) -> None:
+    runs = write_runs(tmp_path, ["a", "b"])
+    evaluation = write_data(tmp_path, ["x", "y"])
+    names = [cell.name for cell in grid(tmp_path, evaluation, runs)]
+    assert len(set(names)) == 4
+    assert names == [cell.name for cell in grid(tmp_path, evaluation, runs)]
+    for changes in ({"protocol.size": [48]}, {"precision": ["bf16"]}, {"segmentation.x.limit": [1]}):
+        changed = [cell.name for cell in grid(tmp_path, evaluation, runs, settings=changes)]
+        assert changed[0] not in names, changes
+    quicker = [cell.name for cell in grid(tmp_path, evaluation, runs, settings={"batch_size": [3]})]
+    assert quicker == names, "how many pictures pass together changes nothing"
+    # Other weights under the same step.
+    settings = config.parse(type(settings_for("x", "y")), ["--config", str(tmp_path / "a" / "config.yaml")], "test")
+    write_checkpoint(tmp_path / "a", 7, settings, {"vision": {}, "text": {}})
+    again = [cell.name for cell in grid(tmp_path, evaluation, runs)]
+    assert again[0] not in names and again[2:] == names[2:]
+
+
+def test_the_grid_is_the_product_of_all(tmp_path: Path) -> None:
+    runs = write_runs(tmp_path, ["a"], steps=(3, 7))
+    evaluation = write_data(tmp_path, ["x", "y", "z"])
+    fast = tmp_path / "other.yaml"
+    fast.write_text("protocol: {name: other, size: 64}")
+    swept = {"protocol.stride": [8, 16], "protocol.flip": [True, False]}
+    found = grid(
+        tmp_path,
+        evaluation,
+        runs,
+        protocols=[evaluation, str(fast)],
+        data_sets=["x", "z"],
+        settings=swept,
+        every_checkpoint=True,
+    )
+    assert len(found) == 2 * 2 * 2 * 2 * 2
+    assert {cell.labels["step"] for cell in found} == {3, 7}
+    assert {cell.labels["samples"] for cell in found} == {48, 112}
+    assert {cell.labels["data_set"] for cell in found} == {"x", "z"}
+    settings = yaml.safe_load(found[0].settings)
+    assert settings["protocol"]["stride"] == 8 and settings["protocol"]["flip"] is True
+    with pytest.raises(UserError, match="there is no w; .* has x, y, z"):
+        grid(tmp_path, evaluation, runs, data_sets=["w"])
+    with pytest.raises(UserError, match="two protocols are named fast"):
+        grid(tmp_path, evaluation, runs, protocols=[evaluation, evaluation])
+
+
+def test_cells_fill_jobs_of_a_stated_length() -> None:
+    lengths = {"a": 20.0, "b": 20.0, "c": 30.0, "d": 90.0, "e": 10.0}
+    assert packed(lengths, 60) == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert packed(dict.fromkeys("abcdefghij", 0.1), 0.3) == [["a", "b", "c"], ["d", "e", "f"], ["g", "h", "i"], ["j"]]
+
+
+def entry_of(*outcomes: str, call: str = "now") -> ledger.Entry:
+    return ledger.Entry("x", "h", attempts=[ledger.Attempt(call, "1", "n1", 0.0, one) for one in outcomes])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "may"),
+    [
+        ([], True),
+        (["done"], False),
+        (["refused"], False),
+        (["failed"], True),
+        (["failed", "failed"], False),
+        (["failed", "lost", "timeout"], False),
+        (["lost"] * INTERRUPTIONS, True),
+        (["lost"] * (INTERRUPTIONS + 1), False),
+    ],
+)
+def test_a_cell_is_tried_so_often_in_a_call(outcomes: list[str], may: bool) -> None:
+    assert may_try(entry_of(*outcomes), "now", attempts=2) is may
+    if outcomes != ["done"]:
+        assert may_try(entry_of(*outcomes, call="before"), "now", attempts=2), "another call tries anew"
+
+
+def test_finished_cells_are_not_done_again_and_failures_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = write_runs(tmp_path, ["a", "b"])
+    evaluation = write_data(tmp_path, ["x", "y", "z"], broken="y")
+    words = words_for(tmp_path, runs, evaluation, "--cluster=local", "--throttle=2", "--job-minutes=3")
+    with pytest.raises(RunFailed, match="2 of 6 cells failed") as failed:
+        main(words)
+    assert str(failed.value).count("masks/1.png is not a picture") == 2
+    sweep = tmp_path / "sweep"
+    with (sweep / "results.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert {(line["checkpoint"], line["data_set"], line["method"]) for line in lines} == {
+        (run, data, method) for run in "ab" for data in "xz" for method in ("pacl", "untrained")
+    }
+    assert all(0 <= float(line["miou"]) <= 1 and line["step"] == "7" for line in lines)
+    table = (sweep / "results.md").read_text()
+    value = next(line["miou"] for line in lines if (line["checkpoint"], line["method"]) == ("a", "pacl"))
+    assert f"{100 * float(value):.1f}" in next(line for line in table.splitlines() if line.startswith("| a, step 7"))
+    assert "\\begin{tabular}{lrr}" in (sweep / "results.tex").read_text()
+    assert (sweep / "results.svg").read_bytes().startswith(b"<?xml") and (sweep / "results.png").stat().st_size > 1000
+
+    before = {file: file.stat().st_mtime_ns for file in sweep.glob("cells/*/evals/*.json")}
+    assert len(before) == 8
+    (gone, *kept) = sorted(before)
+    for row in gone.parent.iterdir():
+        row.unlink() if row.is_file() else None
+    (tmp_path / "data" / "y" / "masks" / "1.png").write_bytes((tmp_path / "data/x/masks/1.png").read_bytes())
+    assert main(words) == 0
+    after = {file: file.stat().st_mtime_ns for file in sweep.glob("cells/*/evals/*.json")}
+    assert len(after) == 12
+    untouched = [file for file in kept if file.parent != gone.parent]
+    assert untouched and all(after[file] == before[file] for file in untouched)
+    assert "published" not in capsys.readouterr().out
+
+
+def test_a_hanging_cell_is_ended_and_a_crashing_one_tried_again(tmp_path: Path) -> None:
+    runs = write_runs(tmp_path, ["a"])
+    evaluation = write_data(tmp_path, ["hangs", "x"])
+    picture = tmp_path / "data" / "hangs" / "images" / "0.png"
+    picture.unlink()
+    os.mkfifo(picture)  # nobody writes: whoever reads waits
+    words = words_for(tmp_path, runs, evaluation, "--cluster=local", "--cell-limit-minutes=0.5", "--attempts=1")
+    process = subprocess.Popen([sys.executable, "-m", "pacl_scale.sweep", *words], stderr=subprocess.PIPE, text=True)
+    (hangs,) = (cell.folder(tmp_path / "sweep") for cell in grid(tmp_path, evaluation, runs, data_sets=["hangs"]))
+    until(lambda: (entry := read(hangs)) is not None and entry.last is not None, 90)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1 and "1 of 2 cells failed" in said
+    entry = read(hangs)
+    assert entry is not None and [one.outcome for one in entry.attempts] == ["timeout"]
+    assert "not done within 0.5 minutes" in said
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pacl_scale.sweep", *words[:-1], "--attempts=2"], stderr=-1, text=True
+    )
+    until(lambda: len(attempts(hangs)) == 2, 90)
+    until(lambda: kill_cell(hangs), 60)
+    until(lambda: len(attempts(hangs)) == 3, 90)
+    until(lambda: kill_cell(hangs), 60)
+    _, said = process.communicate(timeout=60)
+    assert [one.outcome for one in attempts(hangs)] == ["timeout", "failed", "failed"]
+    assert "ended by SIGKILL, as when memory runs out" in said
+
+
+def read(folder: Path) -> ledger.Entry | None:
+    return ledger.read(folder)
+
+
+def attempts(folder: Path) -> list[ledger.Attempt]:
+    entry = read(folder)
+    return entry.attempts if entry else []
+
+
+def kill_cell(folder: Path) -> bool:
+    """Kill the process whose output is a cell's log; whether there was one."""
+    log = folder / "log.txt"
+    found = False
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdecimal() and os.readlink(entry / "fd" / "1") == str(log):
+                os.kill(int(entry.name), signal.SIGKILL)
+                found = True
+        except OSError:
+            continue
+    return found
+
+
+def test_a_run_is_watched_to_its_end(tmp_path: Path) -> None:
+    write_runs(tmp_path, ["a"], steps=(3,))
+    evaluation = write_data(tmp_path, ["x"])
+    run = tmp_path / "a"
+    settings = config.parse(type(settings_for("x", "y")), ["--config", str(run / "config.yaml")], "test")
+    settings.steps = 6
+    (run / "config.yaml").write_text(config.to_yaml(settings))
+    words = [f"--output={tmp_path}/sweep", f"--watch={run}", f'--evaluation=["{evaluation}"]', "--cluster=local"]
+    words += ["--poll-seconds=0.3", "--settings={}"]
+    process = subprocess.Popen([sys.executable, "-m", "pacl_scale.sweep", *words], stdout=-1, stderr=-1, text=True)
+    until(lambda: len(list((tmp_path / "sweep").glob("cells/a-3-*/evals/*-pacl.json"))) == 1, 90)
+    assert process.poll() is None, "the run is not over"
+    towers = json.loads((run / "checkpoints" / "00000003" / "state.json").read_text())["towers"]
+    write_checkpoint(run, 6, settings, towers)
+    printed, said = process.communicate(timeout=90)
+    assert process.returncode == 0, said
+    assert "a, step 3" in printed and "a, step 6" in printed
+
+
+def test_trainings_are_swept_by_the_same_runner(features: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    values = config.to_dict(settings_for(features, "unused"))
+    recipe.write_text(yaml.safe_dump(values))
+    words = [f"--output={tmp_path}/sweep", f'--training=["{recipe}"]', "--cluster=local", "--poll-seconds=0.3"]
+    words += ['--settings={"optim.lr": [0.01, 0.0001], "seed": [3]}', "--throttle=1"]
+    assert main(words) == 0
+    with (tmp_path / "sweep" / "results.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert {line["optim.lr"] for line in lines} == {"0.01", "0.0001"}
+    table = (tmp_path / "sweep" / "results.md").read_text().splitlines()
+    assert table[4].split()[1] == "0.01", "the lower loss comes first"
+    began = time.monotonic()
+    assert main(words) == 0 and time.monotonic() - began < 5, "nothing is trained again"
+
+
+def test_a_dry_run_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = words_for(tmp_path, write_runs(tmp_path, ["a"]), write_data(tmp_path, ["x", "y", "z"]), "--dry-run")
+    assert main([*words, "--job-minutes=2"]) == 0
+    said = capsys.readouterr().out
+    assert "3 cells, 0 done; 3 to do in 2 jobs" in said and "job 1: a-7-z-fast-" in said
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_two_calls_do_not_work_on_one_sweep(tmp_path: Path) -> None:
+    with alone(tmp_path), pytest.raises(UserError, match="another call is at work"), alone(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "one of the two"),
+        ({"checkpoints": {"a": "b"}, "training": ["c"]}, "one of the two"),
+        ({"checkpoints": {"a": "b"}}, "under evaluation"),
+        ({"training": ["c"], "data_sets": ["x"]}, "takes no evaluation"),
+        ({"training": ["c"], "throttle": 0}, "at least 1"),
+        ({"watch": "r", "evaluation": ["e"], "detach": True}, "cannot detach"),
+    ],
+)
+def test_mistakes_are_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        SweepConfig(**changes)
+
+
+def test_published_figures_stand_beside_official_data_sets() -> None:
+    rows = results.published_rows({"my_voc": "voc_20", "mine": "folder"})
+    assert rows[0] == ["PACL (published)", "72.3", "–"]
+    assert ["TCL (published)", "77.5", "–"] in rows
+
+
+def test_tables_are_escaped() -> None:
+    assert results.as_markdown(["a|b"], [["c"]]).startswith("| a\\|b |\n|------|\n| c")
+    assert "50\\% \\& x\\_1 \\\\" in results.as_latex("t", ["a"], [["50% & x_1"]])
