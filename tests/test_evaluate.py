@@ -350,5 +350,5 @@ def test_a_file_that_is_no_row_is_named(tmp_path: Path) -> None:
 def test_shipped_configurations_load(path: Path) -> None:
     settings = config.parse(EvaluateConfig, [f"--config={path}", "--checkpoint=somewhere"], "evaluate")
     is_protocol = path.stem.startswith("protocol_")
-    assert is_protocol != bool(settings.segmentation or settings.retrieval)
+    assert is_protocol != bool(settings.segmentation or settings.retrieval or settings.classification)
     assert not is_protocol or settings.protocol.name == path.stem.removeprefix("protocol_")
