@@ -4,20 +4,25 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 from colours import write_captions, write_pictures
+from PIL import Image
 from safetensors.torch import save_file
 
 from pacl_scale import checkpoint
 from pacl_scale.embedder import EmbedderConfig
-from pacl_scale.encoders import TextEncoderConfig, VisionConfig, build_text, build_vision
+from pacl_scale.encoders import PAPER_TEMPLATES, TextEncoderConfig, VisionConfig, build_text, build_vision
 from pacl_scale.encoders.cpu_block import CpuBlock
 from pacl_scale.encoders.readouts import Readouts
 from pacl_scale.errors import UserError
+from pacl_scale.evaluate.classification import class_vectors_of, shaping
 from pacl_scale.evaluate.command import EvaluateConfig, evaluate
+from pacl_scale.evaluate.methods import load_methods
 from pacl_scale.evaluate.pictures import AnnotatedConfig
+from pacl_scale.evaluate.protocol import normalised
 from pacl_scale.evaluate.retrieval import CaptionedConfig
 from pacl_scale.model import build_embedder
 
@@ -152,6 +157,36 @@ def test_methods_stand_side_by_side_on_one_checkpoint(tmp_path: Path, config: Vi
     retrieval = {row.method: row for row in rows if row.task == "retrieval"}
     assert retrieval["clip"].checkpoint["head"].startswith("CLIP's own")
     assert retrieval["pacl"].checkpoint["attention_scale"] == 10
+
+
+@torch.no_grad()
+def test_clips_own_head_scores_pictures_as_open_clip_does(
+    tmp_path: Path, config: VisionConfig, clip: open_clip.CLIP
+) -> None:
+    run = write_clip_run(tmp_path / "run", config, TextEncoderConfig(model=config.model, weights=config.weights))
+    towers, methods = load_methods({"pacl": str(run)}, None, torch.device("cpu"), torch.float32, ["clip", "maskclip"])
+    words = ["dog", "lawn mower", "teapot", "a very old castle"]
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels).resize((90, 70))
+
+    tokenizer = open_clip.SimpleTokenizer(context_length=20)
+    templates = [lambda word, each=each: each.format(word) for each in PAPER_TEMPLATES]
+    theirs = open_clip.build_zero_shot_classifier(clip, tokenizer, words, templates, device="cpu", use_tqdm=False)
+    transform = open_clip.image_transform(
+        64, is_train=False, mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD
+    )
+    expected = clip.encode_image(transform(picture)[None], normalize=True) @ theirs
+
+    preprocess = towers.vision.preprocess
+    tokens = towers.vision.encode(normalised(np.asarray(shaping(preprocess)(picture)), preprocess)[None]).tokens
+    by_name = {method.name: method for method in methods}
+    vectors = class_vectors_of(towers, words, PAPER_TEMPLATES)
+    found = by_name["clip"].compare(tokens, vectors)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert expected.std() > 1e-3
+    assert not torch.allclose(
+        by_name["pacl"].compare(tokens, class_vectors_of(towers, words, PAPER_TEMPLATES)), expected
+    )
 
 
 def test_towers_that_share_no_space_are_refused(tmp_path: Path, config: VisionConfig) -> None:

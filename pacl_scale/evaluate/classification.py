@@ -179,7 +179,7 @@ def _answer(
 ) -> None:
     """Every method's answers for the pictures at ``places``, into ``progress``."""
     preprocess = towers.vision.preprocess
-    shape = _shaping(preprocess)
+    shape = shaping(preprocess)
 
     def prepare(place: int) -> tuple[Tensor, int]:
         picture, label = data.read(place)
@@ -201,7 +201,7 @@ def _best(phi_BC: Tensor) -> list[list[int]]:
     return order_BC[:, :ANSWERS].tolist()
 
 
-def _shaping(preprocess: Preprocess) -> Compose:
+def shaping(preprocess: Preprocess) -> Compose:
     """Pictures resized and cropped as the tower was trained, by torchvision."""
     size = preprocess.image_size
     mode = InterpolationMode(preprocess.interpolation)

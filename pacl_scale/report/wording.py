@@ -24,7 +24,7 @@ MEANINGS = {
     UNTRAINED: "The same architecture with random weights.",
     CLIP: "The same towers without PACL: their own projection of each patch.",
     MASKCLIP: "The same towers, each patch of the last layer attending to itself alone; nothing is trained.",
-    VALUE_PATH: "PACL's embedder on that path of the last layer.",
+    VALUE_PATH: "PACL's embedder on the value path of the last layer: each patch attends to itself alone there.",
     MAJORITY: "Answers the data set's most frequent true class everywhere; it peeks at the truth.",
     PATCH_ORACLE: "Knows the true class of each patch: what this grid of patches could reach. No model does better "
     "by much.",
