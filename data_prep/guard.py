@@ -14,6 +14,7 @@ opener made here speaks http and https only (the default one also opens ``file:`
 Proxies named in the environment are not used: the address check would then be the proxy's.
 """
 
+import functools
 import http.client
 import ipaddress
 import socket
@@ -59,7 +60,13 @@ class Limits:
 def install(limits: Limits) -> None:
     """Let :func:`urllib.request.urlopen` of this process go through the guard."""
     # urlopen asks nothing of its opener but open().
-    urllib.request.install_opener(GuardedOpener(limits))  # type: ignore[arg-type]
+    urllib.request.install_opener(_opener(limits))  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=1)
+def _opener(limits: Limits) -> "GuardedOpener":
+    """One opener for all shards of a process: it reads certificates, and knows which hosts rest."""
+    return GuardedOpener(limits)
 
 
 class GuardedOpener:
@@ -225,12 +232,16 @@ class _Timed:
 
     ends: float
     silence_s: float
+    patience_s: float | None = None
 
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
         left = self.ends - time.monotonic()
         if left <= 0:
             raise TimeoutError("not finished at its deadline")
-        self.settimeout(min(left, self.silence_s))  # type: ignore[attr-defined]
+        patience_s = min(left, self.silence_s)
+        if patience_s != self.patience_s:  # setting it is a call of the system
+            self.patience_s = patience_s
+            self.settimeout(patience_s)  # type: ignore[attr-defined]
         return super().recv_into(buffer, nbytes, flags)  # type: ignore[misc]
 
 

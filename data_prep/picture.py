@@ -59,6 +59,13 @@ class PictureResizer(Resizer):
 
     def _checked(self, content: bytes) -> io.BytesIO:
         """The picture, upright and in 8 bits; raises FetchError for one that must not be decoded."""
+        size = _size_of_plain_jpeg(content)
+        if size is not None:
+            self._check_size(*size)
+            _check_complete(content)
+            if self._excluded is not None:
+                self._excluded.check(content)
+            return io.BytesIO(content)
         try:
             with warnings.catch_warnings():
                 # The limit below is the caller's own, and nothing is decoded before it.
@@ -89,6 +96,32 @@ class PictureResizer(Resizer):
             raise FetchError("too_small", size)
         if max(width, height) > self._largest_aspect_ratio * min(width, height):
             raise FetchError("aspect_ratio", size)
+
+
+def _size_of_plain_jpeg(content: bytes) -> tuple[int, int] | None:
+    """Width and height of a JPEG that needs no mending; ``None`` for whatever needs a closer look.
+
+    Most of the web is this. Walking over its segments takes a tenth of Pillow's look at it, and unlike a call of
+    libjpeg it does not let go of the interpreter, which a process of many threads gets back late.
+    """
+    if not content.startswith(b"\xff\xd8"):
+        return None
+    at = 2
+    while content[at : at + 1] == b"\xff" and at + 9 <= len(content):
+        kind = content[at + 1]
+        if kind in _FRAMES:
+            return int.from_bytes(content[at + 7 : at + 9], "big"), int.from_bytes(content[at + 5 : at + 7], "big")
+        if kind not in _SEGMENTS:
+            return None
+        at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+    return None
+
+
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""Markers of a frame's header, which tells the size."""
+
+_SEGMENTS = frozenset({0xC4, 0xCC, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}) - {0xE1}
+"""Markers that may come before it: tables, comments and applications' data, but not EXIF's, which may say "turn me"."""
 
 
 def _check_complete(content: bytes) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from web_farm import WebFarm, draw, encoded
 
@@ -25,6 +27,7 @@ LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"),)
 with warnings.catch_warnings():
     # img2dataset imports a module of the standard library that is on its way out.
     warnings.simplefilter("ignore")
+    from data_prep import picture
     from data_prep.picture import PictureResizer
 
 
@@ -338,3 +341,32 @@ def test_pictures_that_are_refused(farm: WebFarm, resizer: PictureResizer, path:
     _, error = resized(resizer, content)
     assert error is not None and cause_of(error) == cause
     assert time.monotonic() - started < 2
+
+
+# The quick look at a JPEG's header
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"progressive": True}, {"comment": b"x" * 300}, {"icc_profile": b"x" * 100_000}, {"dpi": (72, 72)}],
+    ids=["plain", "progressive", "comment", "profile", "dpi"],
+)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_plain_jpeg_is_measured_without_pillow(mode: str, options: dict) -> None:
+    content = encoded(draw(1, (97, 61)).convert(mode), **options)
+    assert picture._size_of_plain_jpeg(content) == (97, 61)
+    for end in range(0, 40):
+        assert picture._size_of_plain_jpeg(content[:end]) is None
+
+
+def test_what_needs_a_closer_look_is_left_to_pillow() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for content in (encoded(draw(1), exif=exif), encoded(draw(1), "PNG"), b"\xff\xd8\xff\xda" + b"x" * 50, b""):
+        assert picture._size_of_plain_jpeg(content) is None
+
+
+@given(st.binary(max_size=40))
+def test_no_bytes_upset_the_quick_look(tail: bytes) -> None:
+    size = picture._size_of_plain_jpeg(b"\xff\xd8\xff" + tail)
+    assert size is None or len(size) == 2
