@@ -20,11 +20,14 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from pacl_scale import storage
-from pacl_scale.errors import UserError
+from pacl_scale.errors import RunFailed, UserError
 from pacl_scale.log import get_logger
+from pacl_scale.storage import StoreUnavailable
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 VERSION = 1
+MOST_LOST = 3
+"""Writes in a row that may be given up before the run ends: a training that cannot be resumed is not worth its cost."""
 log = get_logger("pacl_scale.checkpoint")
 
 
@@ -96,7 +99,9 @@ def save_weights(path: str, weights: dict[str, Tensor], info: dict[str, Any]) ->
 class Writer:
     """Writes checkpoints beside the training that goes on, one at a time; also knows when the next one is due.
 
-    What went wrong in a write is raised by the next call, at the latest by :meth:`close`.
+    A store that does not answer is asked again for a while, then the write is given up, aloud, and training goes on:
+    the next checkpoint has all that this one would have had. :data:`MOST_LOST` writes in a row, or the last one, given
+    up end the run. What else went wrong in a write is raised by the next call.
     """
 
     def __init__(self, folder: str, config: CheckpointConfig) -> None:
@@ -104,6 +109,7 @@ class Writer:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[str] | None = None
         self._last = time.monotonic()
+        self._lost = 0
 
     def minutes_passed(self) -> bool:
         """Whether ``every_minutes`` have passed since the last save."""
@@ -112,16 +118,27 @@ class Writer:
 
     def save(self, step: int, state: dict[str, dict[str, Tensor]], info: dict[str, Any]) -> None:
         """:func:`save` in a thread, when the write before is done; ``state`` is not to be changed any more."""
-        self.wait()
+        try:
+            self.wait()
+        except RunFailed as error:
+            self._lost += 1
+            if self._lost >= MOST_LOST:
+                raise
+            log.error("a checkpoint was not written", why=str(error), in_a_row=self._lost)
         self._last = time.monotonic()
         arguments = (self.folder, step, state, info, self.config.keep_last, self.config.keep_every)
-        self._writing = self._thread.submit(save, *arguments)
+        self._writing = self._thread.submit(storage.patiently, save, *arguments)
 
     def wait(self) -> None:
-        """Until what was handed over is written."""
+        """Until what was handed over is written.
+
+        Raises:
+            RunFailed: the store did not answer, however often it was asked.
+        """
         if self._writing:
             writing, self._writing = self._writing, None
             log.info("saved", checkpoint=writing.result())
+            self._lost = 0
 
     def close(self) -> None:
         """:meth:`wait`, then end the thread."""
@@ -164,6 +181,9 @@ def newest(folder: str) -> str | None:
             for name in (MODEL, OPTIMIZER):
                 _checked(candidate, name, info)
             return candidate
+        except StoreUnavailable:
+            # It may be whole all the same.
+            raise
         except UserError as error:
             log.warning("checkpoint passed over", path=candidate, why=str(error))
     return None

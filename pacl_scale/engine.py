@@ -93,17 +93,22 @@ def start(
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=build_optimizer(optim, model),
-        config=_deepspeed_settings(config, optim, micro_batch_size, accumulation),
+        config=_deepspeed_settings(config, optim, model, micro_batch_size, accumulation),
     )
     _lay_out_state(engine, config, model)
     return engine
 
 
 def _deepspeed_settings(
-    config: EngineConfig, optim: OptimConfig, micro_batch_size: int, accumulation: int
+    config: EngineConfig, optim: OptimConfig, model: PACLModel, micro_batch_size: int, accumulation: int
 ) -> dict[str, Any]:
     """DeepSpeed's own configuration."""
-    zero: dict[str, Any] = {"stage": config.zero_stage}
+    # Its buckets are made for large models, at their full size: half a billion numbers where ours are a million.
+    numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # It wants even numbers.
+    numbers += numbers % 2
+    buckets = dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size"), numbers)
+    zero: dict[str, Any] = {"stage": config.zero_stage, **buckets}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {

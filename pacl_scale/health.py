@@ -38,6 +38,14 @@ def agree(world: World, stop: bool, save: bool) -> Agreement:
     return Agreement(stop, save)
 
 
+def told_by_main(world: World, value: Any) -> Any:
+    """The main rank's ``value``, plain data, on every rank; collective."""
+    told = [value]
+    if world.size > 1:
+        dist.broadcast_object_list(told, src=0)
+    return told[0]
+
+
 class BadSteps:
     """Steps without an update because loss or gradient was not finite: counted, saved for inspection, limited.
 

@@ -76,26 +76,34 @@ def train_step(trainer: Any, loss_of: PACLLoss, micro_batches: list[MicroBatch],
     )
     image_text_ids = torch.cat([micro.image_text_ids for micro in micro_batches])
     whole = len(micro_batches) == 1
+    tables = []
     with torch.set_grad_enabled(whole):
-        embedded = [trainer(m.tokens) if whole else trainer.module(m.tokens) for m in micro_batches]
-        phi = torch.cat([loss_of.similarity(patches, texts) for patches, _ in embedded])
-    scale = embedded[0][1]
+        for micro in micro_batches:
+            patches, scale = trainer(micro.tokens) if whole else trainer.module(micro.tokens)
+            tables.append(loss_of.similarity(patches, texts))
+    phi = tables[0] if whole else torch.cat(tables)
+    # What a variable holds, the next pass has not got: these are the largest tensors of a step.
+    del tables
     if not whole:
         phi.requires_grad_()
         scale.requires_grad_()
     loss = loss_of.from_similarity(phi, texts, scale, image_text_ids=image_text_ids)
     result = StepResult(float(loss.detach()), float(scale.detach()), False, None)
     if measure:
-        last = embedded[-1][0].detach()
-        result.attention_entropy = attention_entropy(last, micro_batches[-1].texts, loss_of.config.attention_scale)
-    del embedded
+        result.attention_entropy = attention_entropy(
+            patches.detach(), micro_batches[-1].texts, loss_of.config.attention_scale
+        )
+    del patches
     if not math.isfinite(result.loss):
         return result
     if whole:
+        del phi
         trainer.backward(loss)
         trainer.step()
     else:
-        carry_back(trainer, loss_of, micro_batches, texts, *torch.autograd.grad(loss, [phi, scale]))
+        grads = torch.autograd.grad(loss, [phi, scale])
+        del phi, loss
+        carry_back(trainer, loss_of, micro_batches, texts, *grads)
     result.updated = updated(trainer)
     return result
 
@@ -116,6 +124,7 @@ def carry_back(
         surrogate = surrogate + (micro_scale * scale_grad).sum() / len(micro_batches)
         # DeepSpeed divides by the number of micro-batches; ours are parts of one sum.
         trainer.backward(surrogate * len(micro_batches))
+        del patches, surrogate
         trainer.step()
 
 

@@ -7,13 +7,27 @@ secret can reach a log or a run directory.
 
 import posixpath
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import fsspec
+import tenacity
 from fsspec import AbstractFileSystem
 
-from pacl_scale.errors import UserError
+from pacl_scale.errors import RunFailed, UserError
+from pacl_scale.log import get_logger
+
+Result = TypeVar("Result")
+
+ATTEMPTS = 7
+"""How often :func:`patiently` asks a store that does not answer; with the pauses between, about half a minute."""
+
+logger = get_logger("pacl_scale.storage")
+
+
+class StoreUnavailable(UserError):
+    """A store did not answer, or not as it should: perhaps an address that is wrong, perhaps an outage that passes."""
 
 
 def join(url: str, *parts: str) -> str:
@@ -50,12 +64,40 @@ def explained(url: str) -> Iterator[None]:
             raise UserError(f"{url}: the bucket does not exist; create it first") from error
         raise UserError(f"{url}: there is no such file") from error
     except (OSError, TimeoutError) as error:
-        raise UserError(f"{url}: the store did not answer as it should ({_first_line(error)})") from error
+        raise StoreUnavailable(f"{url}: the store did not answer as it should ({_first_line(error)})") from error
     except Exception as error:
         # botocore's own errors (no credentials, endpoint not reachable) share no base class with OSError.
         if type(error).__module__.split(".")[0] not in ("botocore", "aiobotocore", "aiohttp"):
             raise
-        raise UserError(f"{url}: the store cannot be used ({_first_line(error)})") from error
+        failure = UserError if "Credential" in type(error).__name__ else StoreUnavailable
+        raise failure(f"{url}: the store cannot be used ({_first_line(error)})") from error
+
+
+def patiently(function: Callable[..., Result], *arguments: Any) -> Result:
+    """``function(*arguments)``, asked again with growing pauses while a store does not answer.
+
+    For what runs unattended; where a user waits, the first sentence is the best one.
+
+    Raises:
+        RunFailed: the store did not answer in :data:`ATTEMPTS` attempts.
+        UserError: what no patience mends (no access, no such file).
+    """
+
+    def say(attempt: tenacity.RetryCallState) -> None:
+        assert attempt.outcome is not None
+        logger.warning("asked again soon", why=str(attempt.outcome.exception()), attempt=attempt.attempt_number)
+
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(StoreUnavailable),
+        stop=tenacity.stop_after_attempt(ATTEMPTS),
+        wait=tenacity.wait_exponential_jitter(multiplier=0.25, max=16, jitter=0.5),
+        before_sleep=say,
+        reraise=True,
+    )
+    try:
+        return retrying(function, *arguments)
+    except StoreUnavailable as error:
+        raise RunFailed(f"{error}, {ATTEMPTS} times in a row") from error
 
 
 def read_bytes(url: str) -> bytes:

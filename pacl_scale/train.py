@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import yaml
 
-from pacl_scale import checkpoint, config, distributed, engine, health, log, metrics, signals
+from pacl_scale import checkpoint, config, distributed, engine, health, log, metrics, signals, storage
 from pacl_scale.checkpoint import CheckpointConfig
 from pacl_scale.data.stream import DataConfig, PairStream
 from pacl_scale.distributed import DistributedConfig, World
@@ -142,7 +142,9 @@ def train(settings: TrainConfig, world: World, stop: StopRequest | None = None) 
     run = Path(settings.run)
     with ExitStack() as resources:
         resume_from = open_run(settings, run, world)
-        stream = resources.enter_context(PairStream(settings.data, settings.seed, settings.global_batch_size, world))
+        batch_size = settings.global_batch_size
+        stream = storage.patiently(PairStream, settings.data, settings.seed, batch_size, world)
+        resources.enter_context(stream)
         text = None
         if stream.vectors:
             stream.vectors.check_tower(settings.text.named)
@@ -173,7 +175,7 @@ def train(settings: TrainConfig, world: World, stop: StopRequest | None = None) 
 
         first_step, updates, overflows = 1, 0, 0
         if resume_from:
-            info, state = checkpoint.load(resume_from)
+            info, state = storage.patiently(checkpoint.load, resume_from)
             first_step, updates = info["step"] + 1, info.get("updates", info["step"])
             engine.restore_state(trainer, settings.engine, state, updates)
             engine.restore_loss_scaler(trainer, settings.engine, info.get("loss_scaler", {}))
@@ -262,7 +264,11 @@ def accumulation_of(settings: TrainConfig, world_size: int) -> int:
 
 def open_run(settings: TrainConfig, run: Path, world: World) -> str | None:
     """Make the run directory, or check that an existing one is this very run; returns the checkpoint to resume."""
-    resume_from = checkpoint.newest(checkpoint_folder(settings))
+    # One rank looks, for all must begin at the same step even while checkpoints come and go.
+    resume_from = None
+    if world.is_main:
+        resume_from = storage.patiently(checkpoint.newest, checkpoint_folder(settings))
+    resume_from = health.told_by_main(world, resume_from)
     saved = run / "config.yaml"
     if resume_from and saved.exists():
         refuse_changes(yaml.safe_load(saved.read_text(encoding="utf-8")), config.to_dict(settings), run)

@@ -15,7 +15,7 @@ FAULTS = ("500", "503", "reset before", "reset in body", "truncated", "stalled",
 
 
 class FaultyProxy:
-    """Forwards GETs and HEADs to ``endpoint`` and spoils a share of the GETs; a context manager.
+    """Forwards requests to ``endpoint`` and spoils a share of the GETs, and of writes what can be; a context manager.
 
     Args:
         endpoint: of the store, as in ``http://127.0.0.1:9000``.
@@ -42,6 +42,11 @@ class FaultyProxy:
 
             def do_HEAD(self) -> None:
                 proxy.pass_on(self)
+
+            def do_PUT(self) -> None:
+                proxy.answer_write(self)
+
+            do_POST = do_DELETE = do_PUT
 
             def log_message(self, format: str, *args: object) -> None:
                 pass
@@ -87,6 +92,22 @@ class FaultyProxy:
             self._reset(request)
         request.close_connection = True
 
+    def answer_write(self, request: BaseHTTPRequestHandler) -> None:
+        """Forward a request that changes the store, or refuse it; the answer of one may be lost on the way."""
+        body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
+        fault = self._draw()
+        if fault in ("500", "503"):
+            self._send(request, int(fault), {}, SLOW_DOWN if fault == "503" else b"oops")
+            return
+        if fault == "reset before":
+            self._reset(request)
+            return
+        answer = self._forward(request, body)
+        if fault == "reset in body":
+            self._reset(request)
+            return
+        self._send(request, *answer)
+
     def pass_on(self, request: BaseHTTPRequestHandler) -> None:
         """Forward one request and leave its answer as it is."""
         status, headers, body = self._forward(request)
@@ -101,14 +122,14 @@ class FaultyProxy:
             self.spoiled[fault] += 1
             return fault
 
-    def _forward(self, request: BaseHTTPRequestHandler) -> tuple[int, dict[str, str], bytes]:
+    def _forward(self, request: BaseHTTPRequestHandler, body: bytes = b"") -> tuple[int, dict[str, str], bytes]:
         # The signature covers the Host header, so it is passed on as it came.
         connection = http.client.HTTPConnection(self._target.hostname or "", self._target.port, timeout=30)
         try:
             connection.putrequest(request.command, request.path, skip_host=True, skip_accept_encoding=True)
             for name, value in request.headers.items():
                 connection.putheader(name, value)
-            connection.endheaders()
+            connection.endheaders(body or None)
             answer = connection.getresponse()
             skip = ["connection", "transfer-encoding", "date", "server"]
             # The length of an answer without a body is that of the body it would have.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pacl_scale import checkpoint, storage
-from pacl_scale.errors import UserError
+from pacl_scale.errors import RunFailed, UserError
 
 STATE = {
     "master": {"embedder.weight": torch.arange(6.0).view(2, 3)},
@@ -136,3 +136,30 @@ def test_a_save_is_due_when_minutes_have_passed(tmp_path: Path, monkeypatch: pyt
     never = checkpoint.Writer(str(tmp_path), checkpoint.CheckpointConfig())
     now += 1e9
     assert not never.minutes_passed()
+
+
+def test_writes_that_a_store_refuses_are_given_up_aloud_until_there_are_too_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "ATTEMPTS", 1)
+    writer = checkpoint.Writer(str(tmp_path / "checkpoints"), checkpoint.CheckpointConfig())
+    write, down = storage.write_bytes, True
+
+    def perhaps(url: str, content: bytes) -> None:
+        if down:
+            raise storage.StoreUnavailable("the store did not answer")
+        write(url, content)
+
+    monkeypatch.setattr(storage, "write_bytes", perhaps)
+    for step in range(1, checkpoint.MOST_LOST + 1):
+        writer.save(step, STATE, INFO)
+    with pytest.raises(RunFailed, match="did not answer"):
+        writer.save(9, STATE, INFO)
+
+    writer.save(10, STATE, INFO)
+    with pytest.raises(RunFailed, match="did not answer"):
+        writer.wait()
+    down = False
+    writer.save(11, STATE, INFO)
+    writer.close()
+    assert checkpoint.steps_in(writer.folder) == [11]

@@ -8,7 +8,7 @@ import pytest
 from s3fs import S3FileSystem
 
 from pacl_scale import storage
-from pacl_scale.errors import UserError
+from pacl_scale.errors import RunFailed, UserError
 
 
 @pytest.mark.parametrize(
@@ -103,3 +103,31 @@ def test_unreachable_store_is_one_sentence(s3_url: str, monkeypatch: pytest.Monk
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(UserError, match="s3://"):
         storage.read_bytes(storage.join(s3_url, "x"))
+
+
+def test_patience_waits_for_a_store_that_comes_back_and_names_one_that_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(storage.tenacity.nap.time, "sleep", lambda seconds: None)
+    asked = []
+
+    def answer(after: int) -> str:
+        asked.append(after)
+        if len(asked) <= after:
+            raise storage.StoreUnavailable("s3://b/x: the store did not answer")
+        return "here"
+
+    assert storage.patiently(answer, storage.ATTEMPTS - 1) == "here"
+    assert len(asked) == storage.ATTEMPTS
+    asked.clear()
+    with pytest.raises(RunFailed, match="did not answer, 7 times in a row"):
+        storage.patiently(answer, 100)
+
+    def refuse() -> None:
+        asked.append(0)
+        raise UserError("no access")
+
+    asked.clear()
+    with pytest.raises(UserError, match="no access"):
+        storage.patiently(refuse)
+    assert len(asked) == 1

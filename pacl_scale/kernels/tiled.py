@@ -44,6 +44,15 @@ def pool(patches_BTD: Tensor, texts_ND: Tensor, scale: Tensor, pooling: str, mas
     return _Pool.apply(patches_BTD, texts_ND, scale, pooling, mask_BT)
 
 
+def tile_shape(images: int, patches: int, texts: int, on_cpu: bool) -> tuple[int, int]:
+    """Images and texts of a tile, for a problem of so many images, patches an image, and texts."""
+    limit = TILE_NUMBERS["cuda"]
+    if on_cpu:
+        limit = min(TILE_NUMBERS["cpu"], images * patches * texts // SMALLEST_SHARE)
+    together = min(images, max(1, (TILE_PATCHES if on_cpu else limit // texts) // patches))
+    return together, _even_step(texts, max(16, limit // (together * patches)))
+
+
 def fused_passes_exist() -> bool:
     """Whether numba is installed, which the fast passes of the CPU are compiled with."""
     return importlib.util.find_spec("numba") is not None
@@ -104,10 +113,7 @@ class _Problem:
     def of(patches_BTD: Tensor, texts_ND: Tensor, scale: Tensor, pooling: str, mask_BT: Tensor | None) -> "_Problem":
         B, T, _ = patches_BTD.shape
         on_cpu = patches_BTD.device.type == "cpu"
-        limit = TILE_NUMBERS["cuda"]
-        if on_cpu:
-            limit = min(TILE_NUMBERS["cpu"], B * T * len(texts_ND) // SMALLEST_SHARE)
-        images = min(B, max(1, (TILE_PATCHES if on_cpu else limit // len(texts_ND)) // T))
+        images, texts = tile_shape(B, T, len(texts_ND), on_cpu)
         exact = exact_type(patches_BTD.dtype)
         bias_BT = torch.zeros(B, T, dtype=exact, device=patches_BTD.device)
         if mask_BT is not None:
@@ -120,7 +126,7 @@ class _Problem:
             bias_BT=bias_BT,
             pooling=pooling,
             images=images,
-            texts=_even_step(len(texts_ND), max(16, limit // (images * T))),
+            texts=texts,
             passes=_fused_passes() if fast and fused_passes_exist() else passes,
         )
 
