@@ -145,11 +145,18 @@ class Cluster:
                 _kill(pid, signal.SIGKILL)
         self._daemons.pop(name).wait(10)
 
+    def training(self, name: str) -> list[psutil.Process]:
+        """The Python processes of job steps on a node."""
+        return [
+            process
+            for process in map(psutil.Process, self._processes_of(name))
+            if process.name().startswith("python") and "SLURM_PROCID" in process.environ()
+        ]
+
     def kill_training(self, name: str) -> None:
         """Kill the Python processes of job steps on a node; the node goes on."""
-        for process in map(psutil.Process, self._processes_of(name)):
-            if process.name().startswith("python") and "SLURM_PROCID" in process.environ():
-                process.kill()
+        for process in self.training(name):
+            process.kill()
 
     def stop(self) -> None:
         """Cancel all jobs, then end every process of the cluster."""

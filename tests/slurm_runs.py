@@ -15,7 +15,7 @@ from pacl_scale.checkpoint import CheckpointConfig
 from pacl_scale.train import TrainConfig
 
 SCRIPT = Path(__file__).resolve().parents[1] / "slurm" / "train.sh"
-STEPS = 120
+STEPS = 80
 
 
 def words_for(features: str, run: Path, **changes: Any) -> list[str]:

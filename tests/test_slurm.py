@@ -1,10 +1,17 @@
 """Training on a real Slurm: whatever happens to job, nodes and daemons, the curve is that of torchrun."""
 
+import re
 import shutil
+import signal
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 from slurm_cluster import Cluster, until
 from slurm_runs import (
@@ -41,28 +48,64 @@ def expected_of_four(features: str, tmp_path_factory: pytest.TempPathFactory) ->
     return by_torchrun(features, tmp_path_factory.mktemp("by-hand-of-four") / "run", ranks=4)
 
 
-def test_submit_asks_saves_requeues_and_resumes(
-    cluster: Cluster, features: str, expected_of_four: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@dataclass
+class Limited:
+    """A job that stands still until its time limit is near."""
+
+    number: str
+    run: Path
+    trainers: list[psutil.Process]
+
+
+@pytest.fixture(scope="module")
+def limited(started_cluster: Cluster, features: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Limited]:
+    """Started by the first test and looked at by a later one, as it takes Slurm up to a minute."""
+    run = tmp_path_factory.mktemp("limited") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", started_cluster.environment["SLURM_CONF"])
+        more = ["--tasks-per-node=2", "--exclude=n1,n2,n4", "--time=1", "--signal-seconds=50"]
+        number = submitted(words_for(features, run), 1, *more)
+    wait_for_step(run, 3)
+    trainers = started_cluster.training("n3")
+    for one in trainers:
+        one.suspend()
+    yield Limited(number, run, trainers)
+    for one in trainers:
+        with suppress(psutil.NoSuchProcess):
+            one.resume()
+
+
+@pytest.fixture(autouse=True)
+def _started_early(limited: Limited) -> None:
+    """Let the time of that job run beside all other drills."""
+
+
+def test_submit_survives_a_signal_and_an_administrator(
+    cluster: Cluster, features: str, expected: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     words = words_for(features, run)
-    number = submitted(words, 4)
+    number = submitted(words)
     assert f"job      {number}\nrun      {run}\n" in capsys.readouterr().out
     wait_for_step(run, 3)
     with pytest.raises(UserError, match=f"job {number} of run .* is RUNNING"):
-        submitted(words, 4)
+        submitted(words)
 
     cluster.run("scancel", "--signal=USR2", number)
     wait_for_restart(cluster, number, run)
     (stopped,) = checkpoint.steps_in(str(run / "checkpoints"))
     assert 3 <= stopped < STEPS
+    until(lambda: (run / "train.1.log").exists(), 120, lambda: said(run))
+    cluster.run("scontrol", "requeue", number)
     finished(cluster, number, run)
-    assert job.read(run) == job.Note(number, step=stopped, attempt=1)
-    assert curve(run) == expected_of_four
+    assert cluster.field(number, "Restarts") == "2"
+    note = job.read(run)
+    assert note is not None and (note.job, note.attempt) == (number, 2) and note.step >= stopped
+    assert curve(run) == expected
     assert f"step={stopped}" in (run / "train.1.log").read_text()
 
 
-def test_a_plain_batch_script_survives_a_signal_and_an_administrator(
+def test_a_plain_batch_script_on_four_nodes_saves_requeues_and_resumes(
     cluster: Cluster, features: str, expected_of_four: list[float], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -75,10 +118,7 @@ def test_a_plain_batch_script_survives_a_signal_and_an_administrator(
         submitted(words)
     cluster.run("scancel", "--signal=USR1", number)
     wait_for_restart(cluster, number, run)
-    until(lambda: (run / "train.1.log").exists(), 120, lambda: said(run))
-    cluster.run("scontrol", "requeue", number)
     finished(cluster, number, run)
-    assert cluster.field(number, "Restarts") == "2"
     assert curve(run) == expected_of_four
 
 
@@ -90,6 +130,42 @@ def test_a_killed_rank_is_no_end(cluster: Cluster, features: str, expected: list
     wait_for_restart(cluster, number, run)
     finished(cluster, number, run)
     assert "rank 0 lost another rank in step" in said(run)
+    assert curve(run) == expected
+
+
+def test_a_time_limit_is_no_end(cluster: Cluster, limited: Limited, expected: list[float]) -> None:
+    for one in limited.trainers:
+        until(lambda one=one: is_pending(one, signal.SIGUSR2), 100, lambda: said(limited.run))  # type: ignore[misc]
+        one.resume()
+    wait_for_restart(cluster, limited.number, limited.run)
+    (stopped,) = checkpoint.steps_in(str(limited.run / "checkpoints"))
+    assert 3 <= stopped < STEPS
+    finished(cluster, limited.number, limited.run)
+    assert curve(limited.run) == expected
+
+
+def is_pending(process: psutil.Process, number: signal.Signals) -> bool:
+    """Whether a stopped process will hear a signal when it goes on."""
+    lines = dict(
+        line.split(":\t") for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if ":\t" in line
+    )
+    return any(int(lines[mask], 16) >> (number - 1) & 1 for mask in ("SigPnd", "ShdPnd"))
+
+
+def test_of_two_submissions_at_once_one_trains(
+    cluster: Cluster, features: str, expected: list[float], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "pacl_scale.submit", "--nodes=2", "--gpus-per-node=0", *words_for(features, run)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [one.communicate(timeout=120) for one in both]
+    numbers = [out.split()[1] for out, _ in outputs if out]
+    assert numbers, outputs
+    states = sorted(cluster.wait(number) for number in numbers)
+    sentences = said(run) + "".join(said for _, said in outputs)
+    assert "COMPLETED" in states and states.count("COMPLETED") == 1, sentences
+    assert len(numbers) == 1 or states == ["COMPLETED", "FAILED"]
+    assert re.search(rf"error: job \d+ of run {run} is \w+; wait for it, or end it with: scancel \d+", sentences)
     assert curve(run) == expected
 
 
@@ -127,6 +203,7 @@ def test_fewer_nodes_go_on_with_the_same_batch(
     run = tmp_path / "run"
     number = submitted(words_for(features, run, checkpoint=OFTEN), 4, "--min-nodes=2")
     wait_for_step(run, 12)
+    assert curve(run)[:12] == expected_of_four[:12], "four nodes by this door too"
     cluster.power_off("n4")
     try:
         wait_for_restart(cluster, number, run)
@@ -222,6 +299,17 @@ print(*(found[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORL
         "2 4 0 2 n1 n2 0,1",
         "3 4 1 2 n1 n2 0,1",
     ]
+
+
+def test_gpus_reach_slurm_as_they_are_asked_for(cluster: Cluster, features: str, tmp_path: Path) -> None:
+    words = [*words_for(features, tmp_path / "run"), "distributed.device=auto"]
+    assert submit.main(["--nodes=2", "--gpus-per-node=2", "--cpus-per-task=2", *words]) == 0
+    note = job.read(tmp_path / "run")
+    assert note is not None
+    asked = {name: cluster.field(note.job, name) for name in ("NumNodes", "NumTasks", "CPUs/Task", "TresPerNode")}
+    cluster.run("scancel", note.job)
+    assert asked == {"NumNodes": "2", "NumTasks": "4", "CPUs/Task": "2", "TresPerNode": "gres:gpu:2"}
+    until(lambda: job.state_of(note.job) is None, 60)
 
 
 @pytest.mark.parametrize(

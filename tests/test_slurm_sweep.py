@@ -29,14 +29,16 @@ def test_sixty_cells_a_dying_node_and_five_crashes(
     # Five cells a job are twelve jobs, and an array may have ten.
     words = words_for(tmp_path, runs, evaluation, "--job-minutes=5", "--throttle=4")
     sweep = tmp_path / "sweep"
-    lost = threading.Thread(target=lose_a_node, args=(cluster, sweep))
-    lost.start()
+    stopped: list[str] = []
+    trouble = threading.Thread(target=disturb, args=(cluster, sweep, stopped))
+    trouble.start()
     try:
         with pytest.raises(RunFailed, match="5 of 60 cells failed") as failed:
             main(words)
     finally:
-        lost.join()
+        trouble.join()
         cluster.power_on("n2")
+    assert cluster.field(stopped[0], "Restarts") == "1", "it goes on where it was"
     named = str(failed.value).splitlines()[1:]
     assert len(named) == 5
     for run, line in zip(RUNS, sorted(named), strict=True):
@@ -66,13 +68,17 @@ def test_sixty_cells_a_dying_node_and_five_crashes(
     assert len(tried) == 5 and all(BROKEN in name for name in tried)
 
 
-def lose_a_node(cluster: Cluster, sweep: Path) -> None:
-    """Switch a node off while it works on a cell."""
+def disturb(cluster: Cluster, sweep: Path, stopped: list[str]) -> None:
+    """Switch off a node that works on a cell, and ask a job on another node to stop, as a time limit does."""
 
-    def at_work() -> bool:
+    def at_work() -> dict[str, str]:
         files = list(sweep.glob(f"cells/*/{ledger.FILE}"))
-        lasts = [json.loads(file.read_text())["attempts"][-1:] for file in files]
-        return any(one["node"] == "n2" and one["outcome"] == "running" for last in lasts for one in last)
+        lasts = [one for file in files for one in json.loads(file.read_text())["attempts"][-1:]]
+        return {one["node"]: one["job"] for one in lasts if one["outcome"] == "running"}
 
-    until(at_work, 120)
+    until(lambda: "n2" in at_work() and len(at_work()) > 1, 120)
     cluster.power_off("n2")
+    until(lambda: bool(set(at_work()) - {"n2"}), 60)
+    job = next(job for node, job in at_work().items() if node != "n2")
+    cluster.run("scancel", "--signal=USR2", job)
+    stopped.append(job)

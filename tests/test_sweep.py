@@ -1,6 +1,7 @@
 """Cells, packs, results and the runner, on this machine; `test_slurm_sweep.py` has the arrays."""
 
 import csv
+import io
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 from slurm_cluster import until
 from sweeps import words_for, write_checkpoint, write_data, write_runs
 from training import settings_for
@@ -20,7 +22,8 @@ from pacl_scale import config
 from pacl_scale.errors import RunFailed, UserError
 from pacl_scale.sweep import cells, ledger, main, results
 from pacl_scale.sweep.command import SweepConfig, alone, grid_of
-from pacl_scale.sweep.runner import packed
+from pacl_scale.sweep.runner import Limits, Runner, packed
+from pacl_scale.sweep.table import Display
 from pacl_scale.sweep.worker import INTERRUPTIONS, may_try
 
 
@@ -231,6 +234,25 @@ def test_a_dry_run_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFi
     said = capsys.readouterr().out
     assert "3 cells, 0 done; 3 to do in 2 jobs" in said and "job 1: a-7-z-fast-" in said
     assert not (tmp_path / "sweep").exists()
+
+
+def test_the_table_counts_cells_and_names_failures(tmp_path: Path) -> None:
+    runs = write_runs(tmp_path, ["a", "b"])
+    found = grid(tmp_path, write_data(tmp_path, ["x", "y"]), runs)
+    runner = Runner(tmp_path / "sweep", "evaluate", Limits(1, 60, 10, 60), None)
+    runner.add(found)
+    for cell, outcome in zip(found, ("running", "failed", "done", "lost"), strict=True):
+        entry = runner.entries[cell.name]
+        entry.attempts = [ledger.Attempt(runner.call, "1", "n1", 0.0, outcome, "a reason")]
+    runner.done.add(found[2].name)
+    screen = io.StringIO()
+    with Display("paper", Console(file=screen, force_terminal=True, width=150, color_system=None)) as display:
+        display.show(runner)
+    lines = [line.replace("│", " ").split() for line in screen.getvalue().splitlines()]
+    assert ["a", "step", "7,", "fast", "1", "1"] in lines, "one runs, one failed"
+    assert ["b", "step", "7,", "fast", "1", "1"] in lines, "one is done, one waits"
+    assert ["all", "1", "1", "1", "1"] in lines
+    assert [f"{found[1].name}:", "a", "reason"] in lines
 
 
 def test_two_calls_do_not_work_on_one_sweep(tmp_path: Path) -> None:
