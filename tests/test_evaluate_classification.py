@@ -116,6 +116,8 @@ def test_what_is_not_there_is_never_fetched(place: Path, layout: str, monkeypatc
         with pytest.raises(UserError) as found:
             open_labelled(LabelledConfig(str(root), layout, partial=True))  # type: ignore[arg-type]
         assert "get " in str(found.value) or "classes, but" in str(found.value)
+    first = KNOWN[layout].needs[0]
+    assert first == "." or f"expected {place / 'empty' / first}" in str(found.value)
 
 
 def test_an_interrupted_evaluation_goes_on_and_parts_add_up(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
