@@ -7,6 +7,7 @@ missing counts.
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,9 @@ def distribute(
         return
     require(how)
     _set_environment()
-    with without("torch"):
+    with without("torch"), warnings.catch_warnings():
+        # It imports a module of the standard library that is on its way out.
+        warnings.simplefilter("ignore", DeprecationWarning)
         from img2dataset import distributor
     call = {
         "multiprocessing": distributor.multiprocessing_distributor,

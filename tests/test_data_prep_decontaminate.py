@@ -85,6 +85,10 @@ def test_lists_find_what_they_name(tmp_path: Path) -> None:
         read_lists(urls, 4).check(other)
     with pytest.raises(FetchError, match="bits from voc/1.jpg"):
         read_lists(near, 4).check(smaller)
+    off_by_three = listed(tmp_path, f"phash:{perceptual_hash(content) ^ 0b10011:016x}\tvoc/1.jpg")
+    with pytest.raises(FetchError, match="3 bits from voc/1.jpg"):
+        read_lists(off_by_three, 3).check(content)
+    read_lists(off_by_three, 2).check(content)
     read_lists(near, 0).check(encoded(draw(1, SIZE).rotate(5)))
 
 
