@@ -156,9 +156,13 @@ def test_of_two_submissions_at_once_one_trains(
     cluster: Cluster, features: str, expected: list[float], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "pacl_scale.submit", "--nodes=2", "--gpus-per-node=0", *words_for(features, run)]
+    command = [sys.executable, "-m", "pacl_scale.submit", "--nodes=2", "--gpus-per-node=0", "--follow"]
+    command += words_for(features, run)
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [one.communicate(timeout=120) for one in both]
+    outputs = [one.communicate(timeout=200) for one in both]
+    assert sorted(one.returncode == 0 for one in both) == [False, True], "one followed its job to a good end"
+    followed = outputs[[one.returncode for one in both].index(0)][0]
+    assert f"step={STEPS}" in followed and "is COMPLETED" in followed
     numbers = [out.split()[1] for out, _ in outputs if out]
     assert numbers, outputs
     states = sorted(cluster.wait(number) for number in numbers)
@@ -232,25 +236,20 @@ def test_a_node_that_does_not_fit_is_left_out(
     assert curve(run) == expected
 
 
-def test_a_full_disk_is_one_sentence_and_no_requeue(
-    cluster: Cluster, features: str, expected: list[float], tmp_path: Path
-) -> None:
+def test_a_full_disk_is_one_sentence(cluster: Cluster, features: str, expected: list[float], tmp_path: Path) -> None:
     run = cluster.small_disk / "run"
-    words = words_for(features, run, checkpoint=OFTEN)
-    number = submitted(words, 2, "--check.min-disk-gb=0.1")
-    assert cluster.wait(number) == "FAILED"
-    assert "0.00 GB left, less than check.min_disk_gb=0.1; make room and submit again" in said(run)
-    until(lambda: job.state_of(number) is None, 30)
+    words = words_for(features, run)
+    number = submitted(words, 2, "--check.min-disk-gb=0.001")
+    wait_for_step(run, 3)
     ballast = cluster.small_disk / "ballast"
-    free = shutil.disk_usage(cluster.small_disk).free
-    ballast.write_bytes(bytes(free - 200_000))
-    number = submitted(words, 2, "--check.min-disk-gb=0")
-    assert cluster.wait(number) == "FAILED"
+    ballast.write_bytes(bytes(shutil.disk_usage(cluster.small_disk).free - 300_000))
+    assert cluster.wait(number) == "FAILED", "it is tried once more, and that attempt does not begin"
     assert "No space left on device" in said(run) and "Traceback" not in said(run)
-    assert cluster.field(number, "Restarts") == "0"
+    assert "GB left, less than check.min_disk_gb=0.001; make room and submit again" in said(run)
+    assert cluster.field(number, "Restarts") == "1"
     ballast.unlink()
     until(lambda: job.state_of(number) is None, 30)
-    number = submitted(words, 2, "--check.min-disk-gb=0")
+    number = submitted(words, 2, "--check.min-disk-gb=0.001")
     finished(cluster, number, run)
     assert curve(run) == expected
 
