@@ -23,7 +23,7 @@ from pacl_scale.evaluate.command import EvaluateConfig, evaluate
 from pacl_scale.evaluate.methods import load_methods
 from pacl_scale.evaluate.pictures import AnnotatedConfig
 from pacl_scale.evaluate.protocol import normalised
-from pacl_scale.evaluate.retrieval import CaptionedConfig
+from pacl_scale.evaluate.captioned import CaptionedConfig
 from pacl_scale.model import build_embedder
 
 MODEL = {

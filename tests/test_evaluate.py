@@ -14,10 +14,10 @@ from PIL import Image
 from pacl_scale import config
 from pacl_scale.errors import UserError, run_command
 from pacl_scale.evaluate import main
+from pacl_scale.evaluate.captioned import CaptionedConfig, open_captioned
 from pacl_scale.evaluate.command import EvaluateConfig, evaluate, run_of
 from pacl_scale.evaluate.examples import choose
 from pacl_scale.evaluate.pictures import AnnotatedConfig, open_annotated, read_ahead
-from pacl_scale.evaluate.retrieval import CaptionedConfig, open_captioned
 from pacl_scale.evaluate.rows import Row, read_rows
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "eval"
@@ -285,6 +285,66 @@ def test_captions_are_read_as_csv(tmp_path: Path) -> None:
     table.write_bytes(b"image,caption\n\xff\xfe,x\n")
     with pytest.raises(UserError, match="UTF-8"):
         open_captioned(CaptionedConfig(str(table)))
+
+
+def test_captions_of_coco_and_flickr_are_read_as_they_come(tmp_path: Path) -> None:
+    coco = {
+        "images": [{"id": 7, "file_name": "000007.jpg"}, {"id": 3, "file_name": "000003.jpg"}],
+        "annotations": [
+            {"id": 12, "image_id": 3, "caption": "third"},
+            {"id": 10, "image_id": 7, "caption": "first "},
+            {"id": 11, "image_id": 3, "caption": "second"},
+        ],
+    }
+    sentences = [{"raw": f"caption {n}", "tokens": []} for n in range(7)]
+    karpathy = {
+        "dataset": "coco",
+        "images": [
+            {"filepath": "val2014", "filename": "a.jpg", "split": "test", "sentences": sentences},
+            {"filepath": "train2014", "filename": "b.jpg", "split": "restval", "sentences": sentences},
+            {"filename": "c.jpg", "split": "test", "sentences": [{"raw": "other"}]},
+        ],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    (tmp_path / "karpathy.json").write_text(json.dumps(karpathy))
+    (tmp_path / "flickr.token").write_text("1.jpg#0\tA dog # 5 .\n1.jpg#1\tA hound .\n\n2.jpg#0\tA cat .\n")
+
+    data = open_captioned(CaptionedConfig(coco=str(tmp_path / "coco.json"), pictures="val2017"))
+    assert data.addresses == ["val2017/000007.jpg", "val2017/000003.jpg"]
+    assert data.texts == ["first", "second", "third"] and data.true_IN.tolist() == [
+        [True, False, False],
+        [False, True, True],
+    ]
+    data = open_captioned(CaptionedConfig(karpathy=str(tmp_path / "karpathy.json"), captions_per_picture=5))
+    assert data.addresses == [f"{tmp_path}/images/val2014/a.jpg", f"{tmp_path}/images/c.jpg"]
+    assert data.texts == [*(f"caption {n}" for n in range(5)), "other"]
+    assert data.record == {"layout": "karpathy", "split": "test", "of": 2, "captions_per_picture": 5}
+    data = open_captioned(CaptionedConfig(tokens=str(tmp_path / "flickr.token")))
+    assert data.addresses[1].endswith("images/2.jpg") and data.texts[0] == "A dog # 5 ."
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "complaint"),
+    [
+        ("coco", "[1, 2]", "form of coco"),
+        ("coco", '{"images": [{"id": 1, "file_name": "../../secret"}], "annotations": []}', "no picture's name"),
+        ("karpathy", '{"images": [{"split": "val"}]}', "no picture of the split 'test'"),
+        ("karpathy", '{"images": [{"split": "test", "filename": "/etc/x", "sentences": []}]}', "no picture's name"),
+        ("tokens", "a.jpg a dog", "a line begins 'a.jpg a dog'"),
+        ("tokens", "../a.jpg#0\ta dog", "no picture's name"),
+        ("coco", "no JSON", "form of coco"),
+    ],
+)
+def test_files_of_captions_of_another_form_are_refused(tmp_path: Path, kind: str, content: str, complaint: str) -> None:
+    (tmp_path / "file").write_text(content)
+    with pytest.raises(UserError, match=complaint):
+        open_captioned(CaptionedConfig(**{kind: str(tmp_path / "file")}))
+
+
+def test_one_file_of_captions_is_named() -> None:
+    for files in ({}, {"csv": "a", "coco": "b"}):
+        with pytest.raises(ValueError, match="name one file of captions"):
+            CaptionedConfig(**files)
 
 
 def test_retrieval_pools_patches_with_the_checkpoints_own_attention(colours: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from pacl_scale import config, log, storage
 from pacl_scale.errors import UserError
+from pacl_scale.evaluate.captioned import CaptionedConfig, open_captioned
 from pacl_scale.evaluate.classification import Answers, evaluate_classification, protocol_of
 from pacl_scale.evaluate.examples import write_examples
 from pacl_scale.evaluate.labelled import LabelledConfig, LabelledPictures, open_labelled
@@ -28,7 +29,7 @@ from pacl_scale.evaluate.methods import (
 from pacl_scale.evaluate.pictures import AnnotatedConfig, AnnotatedPictures, check_data, open_annotated, read_ahead
 from pacl_scale.evaluate.progress import Progress
 from pacl_scale.evaluate.protocol import Protocol
-from pacl_scale.evaluate.retrieval import CaptionedConfig, evaluate_retrieval, open_captioned
+from pacl_scale.evaluate.retrieval import evaluate_retrieval
 from pacl_scale.evaluate.rows import Row, write_row
 from pacl_scale.evaluate.segmentation import evaluate_segmentation
 

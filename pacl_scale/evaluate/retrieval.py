@@ -1,11 +1,7 @@
 """Image-text retrieval with PACL's compatibility phi on held-out pictures with several captions each."""
 
-import csv
-import io
-import posixpath
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +10,7 @@ from torch import Tensor
 from pacl_scale import log, storage
 from pacl_scale.data.decode import BadPicture, PictureConfig, decode
 from pacl_scale.errors import UserError
+from pacl_scale.evaluate.captioned import CaptionedPictures
 from pacl_scale.evaluate.methods import Method, Towers
 from pacl_scale.evaluate.pictures import read_ahead
 from pacl_scale.evaluate.protocol import normalised
@@ -23,63 +20,6 @@ from pacl_scale.evaluate.rows import Row
 
 RANKS = (1, 5, 10)
 READERS = 4
-
-
-@dataclass
-class CaptionedConfig:
-    """Captioned pictures: a CSV file and a folder."""
-
-    csv: str
-    """CSV file with the columns `image` (file name) and `caption`, one line a caption."""
-
-    pictures: str = ""
-    """Folder of the pictures; if not given, `images` beside the CSV file."""
-
-    limit: int = 0
-    """Only the first so many pictures of the file; 0 takes all."""
-
-    def __post_init__(self) -> None:
-        if self.limit < 0:
-            raise ValueError("limit cannot be negative")
-
-
-@dataclass
-class CaptionedPictures:
-    """Pictures, the distinct texts that describe them, and which describes which."""
-
-    addresses: list[str]
-    texts: list[str]
-    true_IN: Tensor
-    """(I, N) bool. A text that captions several pictures is one text and true of each of them."""
-
-
-def open_captioned(config: CaptionedConfig) -> CaptionedPictures:
-    """Read the CSV file.
-
-    Raises:
-        UserError: no such file, a column is missing, or no line has a caption.
-    """
-    content = storage.read_bytes(config.csv)
-    try:
-        lines = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline="")))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{config.csv} is no CSV file in UTF-8 ({error})") from error
-    if lines and not {"image", "caption"} <= set(lines[0]):
-        raise UserError(f"{config.csv} needs the columns image and caption; it has {', '.join(map(str, lines[0]))}")
-    captions: dict[str, list[str]] = {}
-    for line in lines:
-        if line["image"] and (line["caption"] or "").strip():
-            captions.setdefault(line["image"], []).append(line["caption"].strip())
-    images = list(captions)[: config.limit or None]
-    if len(images) < 2:
-        raise UserError(f"{config.csv} has captions of {len(images)} pictures; retrieval needs at least two")
-    texts = list(dict.fromkeys(text for image in images for text in captions[image]))
-    column = {text: number for number, text in enumerate(texts)}
-    true_IN = torch.zeros(len(images), len(texts), dtype=torch.bool)
-    for row, image in enumerate(images):
-        true_IN[row, [column[text] for text in captions[image]]] = True
-    folder = config.pictures or storage.join(posixpath.dirname(config.csv), "images")
-    return CaptionedPictures([storage.join(folder, image) for image in images], texts, true_IN)
 
 
 @torch.no_grad()
@@ -126,6 +66,7 @@ def evaluate_retrieval(
             towers=towers.config,
             pictures=len(data.addresses),
             scores=recalls(torch.cat(phi[method.name]), data.true_IN),
+            data=data.record,
             seconds=seconds,
         )
         for method in methods
