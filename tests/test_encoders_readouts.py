@@ -18,12 +18,12 @@ from pacl_scale.encoders import PAPER_TEMPLATES, TextEncoderConfig, VisionConfig
 from pacl_scale.encoders.cpu_block import CpuBlock
 from pacl_scale.encoders.readouts import Readouts
 from pacl_scale.errors import UserError
+from pacl_scale.evaluate.captioned import CaptionedConfig
 from pacl_scale.evaluate.classification import class_vectors_of, shaping
 from pacl_scale.evaluate.command import EvaluateConfig, evaluate
 from pacl_scale.evaluate.methods import load_methods
 from pacl_scale.evaluate.pictures import AnnotatedConfig
 from pacl_scale.evaluate.protocol import normalised
-from pacl_scale.evaluate.captioned import CaptionedConfig
 from pacl_scale.model import build_embedder
 
 MODEL = {

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from pacl_scale.errors import UserError
-from pacl_scale.evaluate.pictures import AnnotatedConfig, open_annotated
 from pacl_scale.evaluate.captioned import CaptionedConfig, open_captioned
+from pacl_scale.evaluate.pictures import AnnotatedConfig, open_annotated
 from pacl_scale.quickstart import scenes
 from pacl_scale.quickstart.backgrounds import BACKGROUNDS, cut_background, plate
 from pacl_scale.quickstart.captions import GROUND_PHRASES, Thing, plural, write_caption

@@ -2,12 +2,15 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from colours import install as install_towers
 from colours import write_captions, write_pictures, write_run
+from playwright.sync_api import sync_playwright
 
 from pacl_scale.errors import UserError
 from pacl_scale.evaluate import main as evaluate
@@ -176,6 +179,35 @@ def test_published_figures_stand_beside_with_their_differences(run: Path) -> Non
     assert "MaskCLIP Zhou et al., ECCV 2022, as compared later mIoU 74.9" in part
     assert "6 of 1449 pictures here" in part and "refined with PAMR there" in part
     assert "size: 0 here, 448 there" in part and "not stated there" in part
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
+def test_page_in_a_browser_fits_and_answers_the_keyboard(run: Path, width: int, scheme: Any) -> None:
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("chromium is not installed")
+    whole_page(run)
+    asked: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((run / "report.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing hangs over the edge"
+        paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (max(map(int, re.findall(r"\d+", paper))) < 60) == (scheme == "dark")
+        page.locator("summary").first.focus()
+        page.keyboard.press("Enter")
+        heat = page.locator(".heats").first
+        heat.wait_for(state="visible")
+        assert heat.locator("img").first.evaluate("picture => picture.naturalWidth") > 0
+        page.get_by_label("Opacity of the masks").focus()
+        page.keyboard.press("End")
+        shown = page.locator(".panels .stage img").first.evaluate("picture => getComputedStyle(picture).opacity")
+        assert float(shown) == 1
+        browser.close()
+    assert all(url.startswith(("file:", "data:")) for url in asked)
 
 
 def test_the_same_run_gives_the_same_page(run: Path) -> None:
