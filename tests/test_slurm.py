@@ -59,11 +59,11 @@ class Limited:
 
 @pytest.fixture(scope="module")
 def limited(started_cluster: Cluster, features: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Limited]:
-    """Started by the first test and looked at by a later one, as it takes Slurm up to a minute."""
+    """Started by the first test and looked at by a later one, as Slurm counts in whole minutes."""
     run = tmp_path_factory.mktemp("limited") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", started_cluster.environment["SLURM_CONF"])
-        more = ["--tasks-per-node=2", "--exclude=n1,n2,n4", "--time=1", "--signal-seconds=50"]
+        more = ["--tasks-per-node=2", "--exclude=n1,n2,n4", "--time=2", "--signal-seconds=60"]
         number = submitted(words_for(features, run), 1, *more)
     wait_for_step(run, 3)
     trainers = started_cluster.training("n3")
@@ -102,7 +102,7 @@ def test_submit_survives_a_signal_and_an_administrator(
     note = job.read(run)
     assert note is not None and (note.job, note.attempt) == (number, 2) and note.step >= stopped
     assert curve(run) == expected
-    assert f"step={stopped}" in (run / "train.1.log").read_text()
+    assert f"step={note.step}" in (run / "train.2.log").read_text(), "it says what it resumed"
 
 
 def test_a_plain_batch_script_on_four_nodes_saves_requeues_and_resumes(
