@@ -202,11 +202,10 @@ def _pairs(world: "World", names: list[str], payload: "Tensor") -> float:
 
     firsts = [rank for rank, name in enumerate(names) if name not in names[:rank]]
     best = 0.0
-    for offset in range(2):
-        # Nodes 0-1, 2-3, ... and then 1-2, 3-4, ..., n-0.
-        for first in range(offset, len(firsts) - 1 + offset, 2):
-            a, b = firsts[first], firsts[(first + 1) % len(firsts)]
-            if world.rank in (a, b) and a != b:
+    for edges in rounds_of_a_ring(len(firsts)):
+        for start, end in edges:
+            a, b = firsts[start], firsts[end]
+            if world.rank in (a, b):
                 started = time.perf_counter()
                 for sender in (a, b):
                     (dist.send if world.rank == sender else dist.recv)(payload, b if world.rank == a else a)
@@ -214,6 +213,14 @@ def _pairs(world: "World", names: list[str], payload: "Tensor") -> float:
                 best = max(best, 2 * payload.nbytes / 1e9 / (time.perf_counter() - started))
         dist.barrier()
     return best
+
+
+def rounds_of_a_ring(nodes: int) -> list[list[tuple[int, int]]]:
+    """The edges of a ring, in rounds within which no node has two: a slow node slows only its own two edges."""
+    edges = [(node, (node + 1) % nodes) for node in range(nodes)] if nodes > 1 else []
+    last = edges[-1:] if nodes % 2 else []
+    pairs = edges[: len(edges) - len(last)]
+    return [pairs[::2], pairs[1::2], last]
 
 
 def _agreed(value: float, world: "World") -> float:

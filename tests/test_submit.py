@@ -4,13 +4,16 @@ import io
 import json
 import os
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from ranks import run_ranks
 
 from pacl_scale import config, follow, job, nodes, submit
 from pacl_scale.checkpoint import STATE
+from pacl_scale.distributed import World
 from pacl_scale.errors import RunFailed, UserError
 from pacl_scale.nodes import CheckConfig, Facts
 
@@ -237,6 +240,31 @@ def test_when_most_are_slow_it_is_not_the_nodes() -> None:
     slow = [replace(FIT, node=f"n{number}", pair_gb_per_s=0.001) for number in range(3)]
     with pytest.raises(UserError, match="3 of 3 nodes are slower"):
         nodes.judge(slow, CheckConfig())
+
+
+@pytest.mark.parametrize("size", range(1, 8))
+def test_every_node_meets_both_neighbours_one_at_a_time(size: int) -> None:
+    rounds = nodes.rounds_of_a_ring(size)
+    for edges in rounds:
+        met = [node for edge in edges for node in edge]
+        assert len(met) == len(set(met))
+    if size > 1:
+        assert sorted(edge for edges in rounds for edge in edges) == sorted((n, (n + 1) % size) for n in range(size))
+
+
+def facts_of(world: World, floor: float) -> list[Facts]:
+    os.environ["SLURMD_NODENAME"] = ("n1", "n1", "n2")[world.rank]
+    return nodes.gather(world, CheckConfig(min_gb_per_s=floor))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("floor", "is_measured"), [(1e-6, False), (1e6, True)])
+def test_ranks_gather_one_entry_a_node(floor: float, is_measured: bool) -> None:
+    found = run_ranks(3, facts_of, floor)
+    assert [one.node for one in found[0]] == ["n1", "n2"]
+    assert all(one.disk_gb > 0 and abs(one.clock_s - time.time()) < 60 for one in found[0])
+    assert all((one.pair_gb_per_s is not None and one.pair_gb_per_s > 0) is is_measured for one in found[0])
+    assert found[0] == found[1] == found[2], "all judge the same"
 
 
 def test_following_shows_what_is_added_until_the_end(here: Path, tmp_path: Path) -> None:
