@@ -7,6 +7,7 @@ from pacl_scale.errors import UserError, run_command
 
 VERBS = {
     "train": "train the vision embedder on image-caption pairs",
+    "plan": "memory, traffic, time and money of a training, before it is paid for",
     "submit": "queue a training on a Slurm cluster; it saves, requeues and resumes by itself",
     "sweep": "evaluate checkpoints x data sets x protocols, or train a grid, as arrays of Slurm jobs",
     "cache": "encode every picture once and keep its patch tokens beside the tars",

@@ -66,7 +66,7 @@ class HuggingFaceText:
             "normalize": normalize,
             "max_tokens": max_tokens,
         }
-        self._model = freeze(model).to(device, dtype)
+        self.module = freeze(model).to(device, dtype)
         # transformers leaves the type of a model's configuration open.
         self.width: int = cast(Any, model).config.hidden_size
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
@@ -81,7 +81,7 @@ class HuggingFaceText:
         length = max(padded_length(len(row), self._max_tokens) for row in rows)
         tokens_nL = pad(rows, length, self._padding).to(self.device)
         mask_nL = pad([[1] * len(row) for row in rows], length, 0).to(self.device)
-        states_nLD = self._model(input_ids=tokens_nL, attention_mask=mask_nL).last_hidden_state.float()
+        states_nLD = self.module(input_ids=tokens_nL, attention_mask=mask_nL).last_hidden_state.float()
         vectors_nD = states_nLD[:, 0] if self._pooling == "cls" else _mean(states_nLD, mask_nL)
         return F.normalize(vectors_nD, dim=-1) if self._normalize else vectors_nD
 

@@ -91,7 +91,7 @@ class OpenClipText:
             "weights_blake2b": hash_of(model),
             "max_tokens": max_tokens,
         }
-        self._model: Any = freeze(model).to(device, dtype)
+        self.module: Any = freeze(model).to(device, dtype)
         self._tokenizer = tokenizer
         self._length = min(max_tokens or tokenizer.context_length, tokenizer.context_length)
         with torch.no_grad():
@@ -101,10 +101,10 @@ class OpenClipText:
         """See :meth:`pacl_scale.encoders.text.TextTower.embed`."""
         tokens_nL = self._tokenizer(texts, context_length=self._length).to(self.device)
         if not self._is_causal():
-            return self._model.encode_text(_padded(tokens_nL, self._tokenizer.context_length))
+            return self.module.encode_text(_padded(tokens_nL, self._tokenizer.context_length))
         # A causal tower never looks at what follows the end token: cut the padding, most of a caption's 77 tokens.
         longest = int((tokens_nL != 0).sum(dim=1).max())
-        return _causal_vectors(self._model, tokens_nL[:, : padded_length(longest, self._length)])
+        return _causal_vectors(self.module, tokens_nL[:, : padded_length(longest, self._length)])
 
     def padded_lengths(self, texts: list[str]) -> list[int]:
         """See :meth:`pacl_scale.encoders.text.TextTower.padded_lengths`."""
@@ -118,7 +118,7 @@ class OpenClipText:
         return dict(self._fingerprint)
 
     def _is_causal(self) -> bool:
-        model = self._model
+        model = self.module
         return isinstance(model, open_clip.CLIP) and model.attn_mask is not None and model.text_pool_type == "argmax"
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class TextEncoder(Protocol):
@@ -17,6 +17,10 @@ class TextEncoder(Protocol):
 
     width: int
     """D, the channels of a text vector."""
+    module: nn.Module
+    """What holds its weights."""
+    batch_size: int
+    """Strings that pass it together; fewer are filled up."""
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """(N, D) float32 vectors on the tower's device, detached, as long as the tower itself makes them."""
@@ -32,6 +36,8 @@ class TextTower(Protocol):
 
     width: int
     device: torch.device
+    module: nn.Module
+    """What holds its weights."""
 
     def embed(self, texts: list[str]) -> Tensor:
         """(n, D) vectors of one batch."""
@@ -123,8 +129,9 @@ class CachedTextEncoder:
 
     def __init__(self, tower: TextTower, batch_size: int, cache_size: int) -> None:
         self.width = tower.width
+        self.module = tower.module
         self._tower = tower
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._cache_size = cache_size
         self._vectors: OrderedDict[str, Tensor] = OrderedDict()
 
@@ -149,9 +156,9 @@ class CachedTextEncoder:
         vectors: dict[str, Tensor] = {}
         with torch.no_grad():
             for alike in by_length.values():
-                for start in range(0, len(alike), self._batch_size):
-                    batch = alike[start : start + self._batch_size]
-                    filled = batch + batch[-1:] * (self._batch_size - len(batch))
+                for start in range(0, len(alike), self.batch_size):
+                    batch = alike[start : start + self.batch_size]
+                    filled = batch + batch[-1:] * (self.batch_size - len(batch))
                     # A row of a batch would keep the whole batch alive; a clone owns its own kilobytes.
                     rows = [vector_D.clone() for vector_D in self._tower.embed(filled)[: len(batch)].float()]
                     vectors |= dict(zip(batch, rows, strict=True))
