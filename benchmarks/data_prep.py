@@ -36,7 +36,6 @@ from machine import describe, write
 
 ROOT = Path(__file__).resolve().parents[1]
 PROCESSES, THREADS = 2, 16
-SHARDS = 8
 PICTURES = 32
 """Different pictures that the web server holds ready."""
 
@@ -236,12 +235,12 @@ def main() -> None:
     parser.add_argument("--list-rows", type=int, help="rows of the list to plan")
     parser.add_argument("--rounds", type=int, help="downloads of either side, of which the faster counts")
     arguments = parser.parse_args()
-    urls = arguments.urls or (3_000 if arguments.quick else 100_000)
+    urls = arguments.urls or (2_800 if arguments.quick else 100_000)
     list_rows = arguments.list_rows or (200_000 if arguments.quick else 12_000_000)
     rounds = arguments.rounds or (1 if arguments.quick else 2)
     with tempfile.TemporaryDirectory() as place, web_server() as address:
         folder = Path(place)
-        url_list, shard = folder / "urls.tsv", max(urls // SHARDS, 1)
+        url_list, shard = folder / "urls.tsv", max(urls // (4 if arguments.quick else 8), 1)
         write_urls(url_list, address, urls)
         found: dict[str, list[dict[str, float]]] = {"ours": [], "plain": []}
         for turn in range(rounds):
@@ -251,7 +250,7 @@ def main() -> None:
             found["plain"].append(download_speed(plain(url_list, output, shard), output))
         rows, in_one_state = states(url_list, folder / "ours0")
         planned = prepare_speed(list_rows, folder)
-        captions_per_s = noun_speed(1_000 if arguments.quick else 10_000)
+        captions_per_s = noun_speed(500 if arguments.quick else 10_000)
     best = {name: max(run["images_per_s"] for run in runs) for name, runs in found.items()}
     wall = {name: max(run["images_per_s_wall"] for run in runs) for name, runs in found.items()}
     write(

@@ -4,6 +4,7 @@ Importing this module imports img2dataset; only worker processes do.
 """
 
 import copy
+import hashlib
 import json
 import os
 import tempfile
@@ -17,8 +18,11 @@ from img2dataset.downloader import Downloader
 
 from data_prep import layout
 from data_prep.causes import RETRIED_SCHEME, cause_of
-from data_prep.verify import check_shard
+from data_prep.verify import BadShard
 from pacl_scale import storage
+
+WRITTEN_SUFFIX = "_written.json"
+"""Of a file beside a shard in the making: what its writer put into it."""
 
 LIST_COLUMNS = ["id", "nouns", "caption", "url"]
 """Columns of the prepared list; all of them go into the json member of a sample."""
@@ -69,6 +73,23 @@ class ShardDownloader(Downloader):
             layout.upload(local + suffix, remote + suffix)
 
 
+class _HashedFile:
+    """A file that is written from its start to its end, and what it must be found to hold when it is read back."""
+
+    def __init__(self, path: str) -> None:
+        self._file = open(path, "wb")  # noqa: SIM115 - closed by close()
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+
+    def write(self, content: bytes) -> int:
+        self.sha256.update(content)
+        self.size += len(content)
+        return self._file.write(content)
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class ShardWriter:
     """img2dataset's sample writer: made by its Downloader for each shard, then fed every row of the shard.
 
@@ -94,10 +115,9 @@ class ShardWriter:
         schema: pa.Schema,
         encode_format: str,
     ) -> None:
-        base = os.path.join(output_folder, layout.shard_name(shard_id))
-        self._tar_file = open(f"{base}.tar", "wb")  # noqa: SIM115 - closed by close()
+        self._base = os.path.join(output_folder, layout.shard_name(shard_id))
+        self._tar_file = _HashedFile(f"{self._base}.tar")
         self._tar = wds.TarWriter(self._tar_file, mtime=0)
-        self._parquet_path = f"{base}.parquet"
         self._schema = schema.append(pa.field("cause", pa.string()))
         self._save_caption = save_caption
         self._extension = encode_format
@@ -117,7 +137,17 @@ class ShardWriter:
             self._put(*self._waiting[position])
         self._tar.close()
         self._tar_file.close()
-        pq.write_table(pa.Table.from_pylist(self._rows, self._schema), self._parquet_path, compression="zstd")
+        pq.write_table(pa.Table.from_pylist(self._rows, self._schema), f"{self._base}.parquet", compression="zstd")
+        causes = [row["cause"] for row in self._rows]
+        written = {
+            "rows": len(causes),
+            "successes": causes.count(None),
+            "causes": dict(Counter(cause for cause in causes if cause is not None).most_common()),
+            "tar_sha256": self._tar_file.sha256.hexdigest(),
+            "tar_bytes": self._tar_file.size,
+        }
+        with open(self._base + WRITTEN_SUFFIX, "w", encoding="utf-8") as file:
+            json.dump(written, file)
 
     def _put(self, img_str: bytes | None, key: str, caption: str | None, meta: dict[str, Any]) -> None:
         if img_str is not None:
@@ -141,18 +171,21 @@ def _as_feather(parquet: bytes, path: str, skipped: frozenset[int]) -> None:
 
 
 def _complete_stats(base: str) -> tuple[int, int]:
-    """Check the finished local shard and add to img2dataset's counts the causes and what the tar is.
+    """Add to img2dataset's counts what the writer knows of the finished local shard; returns its rows and samples.
 
-    Returns its rows and samples.
+    What was written is read back from its place later (:func:`data_prep.verify.verify`), to the last member, and held
+    against this checksum, which was taken on the way to the disk.
+
+    Raises:
+        BadShard: a row never reached the writer, or was counted as something else.
     """
     with open(base + layout.STATS_SUFFIX, encoding="utf-8") as file:
         stats = json.load(file)
-    with open(f"{base}.tar", "rb") as tar, open(f"{base}.parquet", "rb") as parquet:
-        # What the members hold is looked at when the shard is read back from its place.
-        facts = check_shard(tar, parquet, stats, os.path.basename(f"{base}.tar"), look_inside=False)
-    causes = pq.read_table(f"{base}.parquet", columns=["cause"])["cause"].to_pylist()
-    stats["causes"] = dict(Counter(cause for cause in causes if cause is not None).most_common())
-    stats["tar_sha256"], stats["tar_bytes"] = facts.sha256, facts.bytes
+    with open(base + WRITTEN_SUFFIX, encoding="utf-8") as file:
+        written = json.load(file)
+    counted = (stats["count"], stats["successes"])
+    if (written.pop("rows"), written.pop("successes")) != counted:
+        raise BadShard(f"{os.path.basename(base)}: other rows or samples were written than its counts say: {counted}")
     with open(base + layout.STATS_SUFFIX, "w", encoding="utf-8") as file:
-        json.dump(stats, file, indent=2)
-    return stats["count"], stats["successes"]
+        json.dump(stats | written, file, indent=2)
+    return counted

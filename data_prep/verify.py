@@ -46,7 +46,7 @@ class TarFacts:
     sha256: str
 
 
-def check_tar(tar: BinaryIO, name: str, look_inside: bool = True) -> TarFacts:
+def check_tar(tar: BinaryIO, name: str) -> TarFacts:
     """Read a tar (seekable) to its end and look at every member.
 
     Every sample must have one picture whose header names the format of its extension and the size that its json
@@ -66,7 +66,7 @@ def check_tar(tar: BinaryIO, name: str, look_inside: bool = True) -> TarFacts:
         if extension in samples.setdefault(key, {}):
             raise BadShard(f"{name}: sample {key} has two .{extension} members")
         samples[key][extension] = member
-    for key, parts in samples.items() if look_inside else ():
+    for key, parts in samples.items():
         _check_sample(tar, f"{name}: sample {key}", parts)
     return TarFacts(posixpath.basename(name), len(samples), size, sha256)
 
@@ -82,19 +82,14 @@ def sha256_of_stream(tar: BinaryIO) -> tuple[str, int]:
     return digest.hexdigest(), size
 
 
-def check_shard(
-    tar: BinaryIO, parquet: BinaryIO, stats: Mapping[str, Any], name: str, look_inside: bool = True
-) -> TarFacts:
+def check_shard(tar: BinaryIO, parquet: BinaryIO, stats: Mapping[str, Any], name: str) -> TarFacts:
     """Check a downloaded shard: its tar, and that tar, parquet file and counts agree.
-
-    Args:
-        look_inside: also look at what every member holds, not only at the tar's headers and end.
 
     Raises:
         BadShard: as :func:`check_tar`; or the counts contradict each other, or the tar is not the one whose
             checksum was recorded.
     """
-    facts = check_tar(tar, name, look_inside)
+    facts = check_tar(tar, name)
     try:
         status = pq.read_table(parquet, columns=["status"])["status"].to_pylist()
     except (pa.ArrowException, OSError) as error:
