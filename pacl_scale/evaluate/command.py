@@ -68,7 +68,7 @@ class EvaluateConfig:
     """Name to labelled pictures."""
 
     check_data: bool = False
-    """Measure nothing: read every picture and mask of the segmentation data sets, count, and say what is wrong."""
+    """Measure nothing: read every picture of the annotated and labelled data sets, count, and say what is wrong."""
 
     part: int = 0
     """Number of this process, from 0, where several share the data sets; e.g. `part=$SLURM_ARRAY_TASK_ID`."""
