@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from colours import RGB, install, write_run
 from PIL import Image
-from playwright.sync_api import Locator, Page, Request, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
 from pacl_scale.demo.command import DemoConfig, free_port, is_loopback, open_studio
 from pacl_scale.demo.guard import Guard, hosts_for
@@ -68,27 +68,31 @@ def address(place: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def page(address: str) -> Iterator[Page]:
-    """The page, open in a browser; nothing is asked of any other address, and no script complains."""
+def browser() -> Iterator[Browser]:
     if not CHROMIUM:
         pytest.skip("chromium is not installed")
-    asked: list[Request] = []
-    complaints: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1200, "height": 900})
-        page.on("request", lambda request: asked.append(request))
-        page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.set_default_timeout(WAIT)
-        page.goto(address)
-        page.get_by_text("No picture yet").wait_for()
-        yield page
+        yield browser
         browser.close()
-    elsewhere = [
-        request.url for request in asked if not request.url.startswith((address, "data:", "blob:", "ws://127."))
-    ]
-    assert not elsewhere and not complaints
+
+
+@pytest.fixture
+def page(browser: Browser, address: str) -> Iterator[Page]:
+    """The page, newly opened; nothing is asked of any other address, and no script complains."""
+    asked: list[str] = []
+    complaints: list[str] = []
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.set_default_timeout(WAIT)
+    page.goto(address)
+    page.get_by_text("No picture yet").wait_for()
+    yield page
+    page.close()
+    elsewhere = [url for url in asked if not url.startswith((address, "data:", "blob:", "ws://127."))]
+    assert asked and not elsewhere and not complaints
 
 
 def shown(page: Page) -> np.ndarray:
@@ -164,6 +168,9 @@ def test_hover_tells_every_words_score(page: Page, place: Path) -> None:
     for share, first in ((0.1, "red"), (0.9, "blue")):
         page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] * share)
         page.get_by_text(re.compile(rf"^Here: {first} 0\.\d\d, ")).wait_for()
+    # Other words are told where the pointer is, without its being moved.
+    ask(page, "green, blue")
+    page.get_by_text(re.compile(r"^Here: blue 0\.\d\d, green -0\.\d\d$")).wait_for()
 
 
 @pytest.mark.slow
@@ -204,9 +211,8 @@ def test_bad_uploads_get_a_sentence_and_do_no_harm(page: Page, place: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_phone_in_the_dark_shows_all_of_it(page: Page, address: str) -> None:
-    assert page.context.browser is not None
-    phone = page.context.browser.new_page(viewport={"width": 390, "height": 844}, color_scheme="dark")
+def test_a_phone_in_the_dark_shows_all_of_it(browser: Browser, address: str) -> None:
+    phone = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme="dark")
     phone.goto(address)
     phone.get_by_text("No picture yet").wait_for()
     assert phone.evaluate("document.documentElement.scrollWidth") <= 390

@@ -15,6 +15,8 @@ from pacl_scale.evaluate import overlay
 TITLE = "Words in, masks out"
 ALL_WORDS = "all words"
 PRIMARY = "#0072b2"
+SCORES = 8
+"""Words whose scores are told under the pointer, the best first."""
 
 STYLE = """
 .sheet { max-width: 76rem; margin: 0 auto; padding: 1rem; }
@@ -42,6 +44,8 @@ class Visit:
     answer: Answer | None = None
     asked: int = 0
     """Number of the latest request; an answer to an earlier one comes too late to be shown."""
+    pointer: tuple[float, float] | None = None
+    """Where the pointer was last seen on the picture, in its pixels."""
     parts: dict[str, Any] = field(default_factory=dict)
 
     async def take(self, content: bytes, name: str) -> None:
@@ -58,7 +62,7 @@ class Visit:
             self._busy(False)
         if sheet is None or number != self.asked:
             return
-        self.sheet, self.answer = sheet, None
+        self.sheet, self.answer, self.pointer = sheet, None, None
         self._complain("")
         await self.look()
 
@@ -100,13 +104,18 @@ class Visit:
         stage.set_source(as_url(drawn(self.sheet, self.answer, threshold, opacity, chosen)))
         stage.set_visibility(True)
         self.parts["empty"].set_visibility(False)
-        self.parts["hover"].set_text("Point at the picture to see how well each word fits there.")
+        self._say()
         self._legend(threshold)
 
     def hover(self, event: events.MouseEventArguments) -> None:
         """Say how well each word fits the place under the pointer."""
-        if self.answer is not None and (scores := self.answer.at(event.image_x, event.image_y)):
-            self.parts["hover"].set_text("Here: " + ", ".join(f"{word} {score:.2f}" for word, score in scores[:8]))
+        self.pointer = (event.image_x, event.image_y)
+        self._say()
+
+    def _say(self) -> None:
+        scores = self.answer.at(*self.pointer) if self.answer is not None and self.pointer is not None else []
+        said = "Here: " + ", ".join(f"{word} {score:.2f}" for word, score in scores[:SCORES])
+        self.parts["hover"].set_text(said if scores else "Point at the picture to see how well each word fits there.")
 
     def _offer(self, answer: Answer) -> None:
         """Let the controls offer what the answer holds."""
