@@ -96,13 +96,14 @@ def _take_part(config: DownloadConfig) -> None:
     """Make one part of the shards; whoever makes the last of all brings the data set to its end."""
     part = config.own_part
     work = stages.resume_part(config)
+    patience = stages.Patience("wait for another run that prepares the list")
     while work is None:
         config.require_list()
         try:
             with only_run(config.output):
                 work = stages.begin(config)
         except Busy as error:
-            stages.wait_while_busy(error, "wait for another run that prepares the list")
+            patience.wait(error)
             work = stages.resume_part(config)
     with only_run(config.output, part):
         abort_unfinished(config.output, part)
@@ -114,15 +115,17 @@ def _take_part(config: DownloadConfig) -> None:
 
 def complete_if_last(root: str, work: stages.Work) -> None:
     """Index and report once no shard of any part is missing; of several runs that end together, one does."""
+    patience = stages.Patience("wait for the runs on the last parts")
     while not work.unfinished():
         try:
             with only_run(root):
-                _complete(work)
+                if not stages.is_complete(work):
+                    _complete(work)
             return
         except Busy as error:
             if stages.is_complete(work):
                 return
-            stages.wait_while_busy(error, "wait for the runs on the last parts")
+            patience.wait(error)
 
 
 def prepare(config: DownloadConfig) -> None:

@@ -29,6 +29,8 @@ REPAIRS = 2
 PAUSE_SECONDS = (1.0, 4.0)
 """Least and greatest pause before looking again whether another run has ended."""
 
+SAY_SECONDS = 60.0
+
 _chance = random.Random()
 
 
@@ -215,15 +217,26 @@ def account(work: Work, sound: dict[int, TarFacts], samples: int) -> Report:
 
 
 def is_complete(work: Work) -> bool:
-    """Whether the report tells of every shard."""
-    report = layout.read_json(storage.join(work.root, layout.REPORT)) or {}
-    return {f"{layout.shard_name(shard)}.tar" for shard in work.shards} <= set(report.get("verified", {}))
+    """Whether the report tells of every shard, as it was read back last."""
+    told = (layout.read_json(storage.join(work.root, layout.REPORT)) or {}).get("verified", {})
+    verified = read_verified(work.root)
+    names = [f"{layout.shard_name(shard)}.tar" for shard in work.shards]
+    return all(name in told and told[name] == verified[name] for name in names)
 
 
-def wait_while_busy(error: Busy, waited: str) -> None:
-    """A pause in an attempt that another run stands in the way of; of random length, lest two keep meeting."""
-    log.info(waited, because=str(error))
-    time.sleep(_chance.uniform(*PAUSE_SECONDS))
+class Patience:
+    """Pauses between attempts that another run stands in the way of; of random length, lest two keep meeting."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._said_at = float("-inf")
+
+    def wait(self, error: Busy) -> None:
+        """One pause, with a word about it every minute."""
+        if time.monotonic() - self._said_at > SAY_SECONDS:
+            self._said_at = time.monotonic()
+            log.info(self._what, because=str(error))
+        time.sleep(_chance.uniform(*PAUSE_SECONDS))
 
 
 def discard(root: str, plan: Plan) -> None:

@@ -1,4 +1,4 @@
-"""A download as an array of Slurm jobs on two nodes: --slurm, then the batch script by hand."""
+"""A download as an array of Slurm jobs on two nodes: by --slurm, and by the batch script."""
 
 import json
 import signal
@@ -75,7 +75,12 @@ def test_a_list_is_downloaded_by_jobs_on_two_nodes(
     words = words_for(farm, tmp_path, s3_url, ["ok"] * 20 + ["heals"] * 3 + ["missing"])
     more = ["slurm.parts=2", f"slurm.folder={tmp_path / 'slurm'}"]
 
-    # submitit: one job prepares, then an array of two.
+    assert main([*words, *more, "slurm.dry_run=true", "--slurm"]) == 0
+    assert "#SBATCH --requeue" in capsys.readouterr().out and not cluster.run("squeue", "-h")
+    assert main([*words, *more, "slurm.partition=nowhere", "--slurm"]) == 2
+    assert "there is no partition nowhere; the cluster has main" in capsys.readouterr().err
+
+    # One job prepares, then an array of two.
     assert main([*words, *more, "--slurm"]) == 0
     out = capsys.readouterr().out
     number = next(line.split()[1] for line in out.splitlines() if line.startswith("parts"))
@@ -85,18 +90,6 @@ def test_a_list_is_downloaded_by_jobs_on_two_nodes(
     assert len(SampleIndex.load(s3_url)) == 20
     assert all(farm.requests[f"ok/{n}.jpg"] == 1 for n in range(20))
     assert {cluster.field(f"{number}_{task}", "NodeList") for task in range(2)} <= {"n1", "n2"}
-
-    # A retry, planned by the first job, shared out by the script.
-    assert main(["prepare", *words, "again=true"]) == 0
-    script = str(ROOT / "slurm/download.sh")
-    monkeypatch.setenv("CHECKOUT", str(ROOT))
-    monkeypatch.setenv("PYTHON", sys.executable)
-    number = cluster.run("sbatch", "--parsable", "--array=0-1", script, *words).strip()
-    array_done(cluster, number, 2, tmp_path)
-    report = report_of(s3_url)
-    assert (report["got"], report["retried"], report["failures"]) == (23, 3, {"http_404": 1})
-    assert len(SampleIndex.load(s3_url)) == 23
-    assert "3 samples" in said(tmp_path)
 
 
 @pytest.mark.slurm
@@ -110,13 +103,12 @@ def test_a_job_that_is_asked_to_stop_is_queued_again_and_continues(
     monkeypatch.setenv("PYTHON", sys.executable)
     output = tmp_path / "out"
     words = words_for(farm, tmp_path, str(output), ["ok"] * 12 + ["slow"] * 24)
-    number = cluster.run("sbatch", "--parsable", "--array=0-0", str(ROOT / "slurm/download.sh"), *words).strip()
+    number = cluster.run("sbatch", "--parsable", "--array=0-1", str(ROOT / "slurm/download.sh"), *words).strip()
     until(lambda: len(list(output.glob("*_stats.json"))) >= 2, 60, lambda: said(tmp_path))
     before = {path.name: path.stat().st_mtime_ns for path in output.glob("*_stats.json")}
     cluster.run("scancel", "--signal=USR2", f"{number}_0")
     until(lambda: cluster.field(f"{number}_0", "Restarts") == "1", 60, lambda: said(tmp_path))
-    assert not list(output.glob(".claims/*"))
-    array_done(cluster, number, 1, tmp_path)
+    array_done(cluster, number, 2, tmp_path)
     assert json.loads((output / "report.json").read_text())["got"] == 36
     assert {name: (output / name).stat().st_mtime_ns for name in before} == before
 

@@ -144,7 +144,11 @@ def test_retry_asks_for_what_may_pass_and_a_remade_shard_does_not_ask_again(copy
     """After a retry, a first shard that is damaged and made again must not bring the same picture a second time."""
     healed = "heals/16.jpg"
     assert farm.requests[healed] == 1
-    assert run("retry", copy, "retry.backoff_seconds=0.05") == 0
+    # The round is planned first, then made by runs on parts: the second has something to do, and is the last.
+    assert run("prepare", copy, "again=true") == 0
+    words = ["prepare.samples_per_shard=6", "prepare.nouns=false", "retry.backoff_seconds=0.05", "parts=2"]
+    for part in (0, 1):
+        assert main(["--config", DEMO, f"output={copy}", *words, f"part={part}"]) == 0
     report = report_of(copy)
     assert (report["got"], report["retried"]) == (15, 2)
     assert report["failures"] == {"http_404": 1, "http_500": 1, "opt_out": 1}
