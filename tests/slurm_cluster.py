@@ -132,7 +132,9 @@ class Cluster:
         subprocess.run(["nsenter", f"--mount=/proc/{self._daemons[name].pid}/ns/mnt", *mount], check=True)
 
     def power_on(self, name: str) -> None:
-        """Start a node."""
+        """Start a node; nothing happens if it is on."""
+        if name in self._daemons:
+            return
         hosts = f"mount --bind {self.folder}/hosts /etc/hosts && hostname {name}"
         daemon = f"exec {find('slurmd')} -D -N {name} -f {self.environment['SLURM_CONF']}"
         self._start(name, "unshare", "-m", "-u", "sh", "-c", f"{hosts} && {daemon}")

@@ -26,8 +26,10 @@ def test_sixty_cells_a_dying_node_and_five_crashes(
 ) -> None:
     runs = write_runs(tmp_path, RUNS)
     evaluation = write_data(tmp_path, DATA_SETS, BROKEN)
+    habits = tmp_path / "cluster.yaml"
+    habits.write_text("cpus_per_task: 8  # a whole node\n")
     # Five cells a job are twelve jobs, and an array may have ten.
-    words = words_for(tmp_path, runs, evaluation, "--job-minutes=5", "--throttle=4")
+    words = words_for(tmp_path, runs, evaluation, f"--cluster={habits}", "--job-minutes=5")
     sweep = tmp_path / "sweep"
     stopped: list[str] = []
     trouble = threading.Thread(target=disturb, args=(cluster, sweep, stopped))
