@@ -66,7 +66,7 @@ def phase_bytes(shapes: Shapes, settings: Settings, vision: Tower | None) -> dic
         "embedder": texts + hidden + 3 * embedded + kept_tables,
         "similarity": texts + hidden + 2 * embedded + _tables(shapes, kept_tables) + _tiles(shapes, settings),
         "gradients": texts + kept_tables + hidden + _gradients(shapes, settings, embedded),
-        "loss": texts + 2 * share * table + _row_blocks(shapes, settings),
+        "loss": texts + _in_loss(shapes, hidden + embedded) + _row_blocks(shapes, settings),
         "update": texts + numbers * held + kept_tables + _update(shapes, settings),
     }
     if vision:
@@ -82,11 +82,19 @@ def _tables(shapes: Shapes, kept: int) -> int:
     return kept + (2 + lengths) * shapes.micro * shapes.global_batch * EXACT
 
 
+def _in_loss(shapes: Shapes, graph: int) -> int:
+    """The table and its gradient; without accumulation, what the embedder's and the similarity's backward wait for."""
+    table = shapes.share * shapes.global_batch * EXACT
+    if shapes.accumulation > 1:
+        return 2 * table
+    return graph + (2 + (shapes.pooling == "cosine")) * table
+
+
 def _row_blocks(shapes: Shapes, settings: Settings) -> int:
-    """A few rows of the table at a time: logits, their exponentials, and two masks."""
+    """A few rows of the table at a time: logits, their exponentials and weights, and two masks."""
     numbers = ROW_BLOCK_NUMBERS["cuda" if settings.on_gpu else "cpu"]
     rows = min(shapes.share, max(1, numbers // shapes.global_batch))
-    return rows * shapes.global_batch * (2 * EXACT + 6)
+    return rows * shapes.global_batch * (3 * EXACT + 2)
 
 
 def _gradients(shapes: Shapes, settings: Settings, embedded: int) -> int:
@@ -105,8 +113,11 @@ def _tiles(shapes: Shapes, settings: Settings) -> int:
         return units
     images, texts = tiled.tile_shape(shapes.micro, T, N, on_cpu=True)
     scores = TILE_BUFFERS[shapes.pooling] * images * texts * T * held
-    group = images * T * (D * (2 * EXACT + held) + T * (EXACT + held))
-    return units + scores + group + texts * D * EXACT
+    # Of the images of a tile: unit patches in both types, their gradient and a part of it; their products and its.
+    group = images * T * D * (4 * EXACT + (held if held < EXACT else 0))
+    if shapes.pooling == "cosine":
+        group += images * T * T * (EXACT + 2 * held)
+    return units + scores + group
 
 
 def _update(shapes: Shapes, settings: Settings) -> int:
