@@ -21,8 +21,8 @@ from pacl_scale.errors import UserError
 from pacl_scale.quickstart.store import ObjectStore, find_server
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = ["downloader"] * 6 + ["worker"] * 9 + ["store"] * 5
-ROWS, ROWS_PER_SHARD = 240, 8
+KINDS = ["downloader"] * 5 + ["worker"] * 11 + ["store"] * 4
+ROWS, ROWS_PER_SHARD = 168, 8
 BUCKET, PREFIX = "drill", "set"
 
 
