@@ -444,7 +444,7 @@ def test_runs_as_a_file_from_anywhere(tmp_path: Path) -> None:
     """Without the package installed: a copy of the two folders, in an interpreter that sees no other."""
     for folder in ("data_prep", "pacl_scale"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("download.py", "pack.py"):
+    for name in ("download.py", "pack.py", "decontaminate.py"):
         done = subprocess.run(
             [sys.executable, str(tmp_path / "data_prep" / name), "--help"],
             capture_output=True,
