@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--list-rows", type=int, help="rows of the list to plan")
     parser.add_argument("--rounds", type=int, help="downloads of either side, of which the faster counts")
     arguments = parser.parse_args()
-    urls = arguments.urls or (2_800 if arguments.quick else 100_000)
+    urls = arguments.urls or (2_400 if arguments.quick else 100_000)
     list_rows = arguments.list_rows or (200_000 if arguments.quick else 12_000_000)
     rounds = arguments.rounds or (1 if arguments.quick else 2)
     with tempfile.TemporaryDirectory() as place, web_server() as address:
