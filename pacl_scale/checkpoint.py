@@ -66,6 +66,7 @@ def save(
     info: dict[str, Any],
     keep_last: int,
     keep_every: int | None = None,
+    best: int | None = None,
 ) -> str:
     """Write one checkpoint and delete those older than the ``keep_last`` newest; one rank calls it.
 
@@ -76,6 +77,7 @@ def save(
         info: what the side-car says besides step and checksums; plain JSON.
         keep_last: newest checkpoints to keep.
         keep_every: checkpoints whose step is a multiple of this are never deleted.
+        best: step of one that is not deleted either.
 
     Returns:
         The URL of the checkpoint.
@@ -85,7 +87,7 @@ def save(
     contents = {MODEL: save_safetensors(state["master"]), OPTIMIZER: save_safetensors(moments)}
     _write(target, contents, {"step": step, **info})
     for old in steps_in(folder)[:-keep_last]:
-        if keep_every and old % keep_every == 0:
+        if old == best or (keep_every and old % keep_every == 0):
             continue
         storage.remove(storage.join(folder, f"{old:08d}"))
     return target
@@ -106,6 +108,8 @@ class Writer:
 
     def __init__(self, folder: str, config: CheckpointConfig) -> None:
         self.folder, self.config = folder, config
+        self.best: int | None = None
+        """Step of a checkpoint that is kept however old it is."""
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[str] | None = None
         self._last = time.monotonic()
@@ -126,8 +130,12 @@ class Writer:
                 raise
             log.error("a checkpoint was not written", why=str(error), in_a_row=self._lost)
         self._last = time.monotonic()
-        arguments = (self.folder, step, state, info, self.config.keep_last, self.config.keep_every)
-        self._writing = self._thread.submit(storage.patiently, save, *arguments)
+        keep_last, keep_every, best = self.config.keep_last, self.config.keep_every, self.best
+
+        def write() -> str:
+            return storage.patiently(save, self.folder, step, state, info, keep_last, keep_every, best)
+
+        self._writing = self._thread.submit(write)
 
     def wait(self) -> None:
         """Until what was handed over is written.

@@ -112,11 +112,21 @@ class Clock:
         self._steps += 1
         return Span(self._spent, "working")
 
-    def read(self, pairs_per_step: int) -> dict[str, float]:
-        """Pairs per second and the share of time spent waiting, then start over."""
+    def read(self, pairs_per_step: int, ranks: int = 1, peak_s: float | None = None) -> dict[str, float | None]:
+        """Speed and the share of time spent waiting, then start over.
+
+        Args:
+            pairs_per_step: of all ranks.
+            ranks: how many.
+            peak_s: seconds that one pair's arithmetic takes at a device's peak; ``mfu`` is this times pairs per second
+                and device.
+        """
         total = max(sum(self._spent.values()), 1e-9)
+        each = self._steps * pairs_per_step / total / ranks
         result = {
-            "pairs_per_s": self._steps * pairs_per_step / total,
+            "pairs_per_s": each * ranks,
+            "pairs_per_s_per_rank": each,
+            "mfu": None if peak_s is None else each * peak_s,
             "data_wait_share": self._spent["waiting"] / total,
         }
         self.__init__()  # type: ignore[misc]

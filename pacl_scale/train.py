@@ -27,19 +27,17 @@ from pacl_scale.checkpoint import CheckpointConfig
 from pacl_scale.data.stream import DataConfig, PairStream
 from pacl_scale.distributed import DistributedConfig, World
 from pacl_scale.embedder import EmbedderConfig
-from pacl_scale.encoders import (
-    TextEncoderConfig,
-    VisionConfig,
-    build_text,
-    build_vision,
-)
+from pacl_scale.encoders import TextEncoderConfig, VisionConfig
 from pacl_scale.engine import EngineConfig
 from pacl_scale.errors import EXIT_REQUEUE, UserError, run_command
+from pacl_scale.frozen import Frozen, frozen_towers, peak_seconds_of_a_pair
 from pacl_scale.loss import LossConfig, PACLLoss
 from pacl_scale.model import PACLModel, build_embedder
 from pacl_scale.optim import OptimConfig, learning_rate
+from pacl_scale.recorders import Profile, RecordConfig, Recorders
 from pacl_scale.signals import StopRequest
 from pacl_scale.step import encode, gradient_norm, train_step
+from pacl_scale.validate import ValidateConfig, Validation
 
 MODULE = "pacl_scale.train"
 logger = log.get_logger(MODULE)
@@ -52,6 +50,8 @@ MAY_CHANGE_AT_RESUME = (
     "distributed.",
     "engine.",
     "checkpoint.",
+    "validate.",
+    "record.",
     "loss.backend",
 )
 """Keys (or groups) that do not change what is learned; every other key must be as it was when a run resumes."""
@@ -106,6 +106,12 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
 
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
+    """A small evaluation while training goes on."""
+
+    record: RecordConfig = field(default_factory=RecordConfig)
+    """Where measurements go beside metrics.jsonl."""
+
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     """Processes and devices."""
 
@@ -114,6 +120,11 @@ class TrainConfig:
             raise ValueError("steps, global_batch_size, log_every and max_bad_steps must be at least 1")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ValueError("micro_batch_size must be at least 1")
+        if self.validate.every_steps and self.engine.shard_towers:
+            # One rank measures, and a sharded tower needs them all.
+            raise ValueError(
+                "validate.every_steps and engine.shard_towers exclude each other; evaluate the checkpoints"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,30 +156,11 @@ def train(settings: TrainConfig, world: World, stop: StopRequest | None = None) 
         batch_size = settings.global_batch_size
         stream = storage.patiently(PairStream, settings.data, settings.seed, batch_size, world)
         resources.enter_context(stream)
-        text = None
-        if stream.vectors:
-            stream.vectors.check_tower(settings.text.named)
-            width_out, vectors_of = stream.vectors.width, stream.vectors.tower
-        else:
-            text = build_text(settings.text, world.device, settings.engine.dtype)
-            width_out, vectors_of = text.width, text.fingerprint()
-        vision = None
-        if stream.features:
-            width_in, tokens_of = stream.width, stream.features.vision
-        else:
-            vision = build_vision(settings.vision, world.device, settings.engine.dtype)
-            engine.prepare_tower(settings.engine, vision.blocks, world)
-            stream.prepare_pictures_for(vision.preprocess)
-            width_in, tokens_of = vision.width, vision.fingerprint()
-        # What the embedder is made for; an evaluation refuses other towers.
-        made_for = {
-            "width_in": width_in,
-            "width_out": width_out,
-            "towers": {"vision": tokens_of, "text": vectors_of},
-        }
+        frozen = frozen_towers(settings, stream, world)
+        peak_s = peak_seconds_of_a_pair(settings, frozen, stream, world, accumulation)
 
         torch.manual_seed(settings.seed)
-        model = PACLModel(build_embedder(settings.embedder, width_in, width_out), settings.loss).to(world.device)
+        model = PACLModel(build_embedder(settings.embedder, *frozen.widths), settings.loss).to(world.device)
         micro_batch_size = settings.global_batch_size // world.size // accumulation
         trainer = engine.start(settings.engine, settings.optim, model, world, micro_batch_size, accumulation)
         loss_of = PACLLoss(settings.loss)
@@ -183,8 +175,15 @@ def train(settings: TrainConfig, world: World, stop: StopRequest | None = None) 
             logger.info("resumed", checkpoint=resume_from, step=info["step"], position=info["data"]["position"])
 
         lines = metrics.MetricsFile(run / "metrics.jsonl", first_step - 1) if world.is_main else None
+        recorders = Recorders(settings.record, run, config.to_dict(settings), resources) if world.is_main else None
+        profile = Profile(settings.record, run, world, first_step)
+        resources.callback(profile.close)
         writer = checkpoint.Writer(checkpoint_folder(settings), settings.checkpoint)
         resources.callback(writer.close)
+        validation = None
+        if settings.validate.every_steps and world.is_main:
+            validation = validation_of(settings, frozen, run, world, first_step - 1)
+            writer.best = validation.best_step
         bad_steps = health.BadSteps(run / "bad", world, settings.max_bad_steps)
         progress = health.Progress()
         resources.enter_context(health.lost_peers_named(world, progress))
@@ -194,11 +193,12 @@ def train(settings: TrainConfig, world: World, stop: StopRequest | None = None) 
             progress.step, progress.doing = step, "waiting for data"
             lr = learning_rate(settings.optim, step - 1, settings.steps)
             engine.set_learning_rate(trainer, lr)
+            profile.begin(step)
             with clock.waiting():
                 batch = next(batches)
             with clock.working():
                 progress.doing = "encoding"
-                micro_batches = list(encode(batch, vision, text, world.device, micro_batch_size))
+                micro_batches = list(encode(batch, frozen.vision, frozen.text, world.device, micro_batch_size))
                 progress.doing = "computing the loss and its gradient"
                 logged = step % settings.log_every == 0 or step in (1, settings.steps)
                 result = train_step(trainer, loss_of, micro_batches, measure=logged and world.is_main)
@@ -210,28 +210,41 @@ def train(settings: TrainConfig, world: World, stop: StopRequest | None = None) 
             else:
                 tokens, texts = (torch.cat([getattr(m, part) for m in micro_batches]) for part in ("tokens", "texts"))
                 bad_steps.bad(step, result.loss, batch.keys, tokens, texts)
-            if lines and logged:
+            profile.end(step)
+            if lines and recorders and logged:
                 values: dict[str, Any] = {"step": step, "loss": result.loss, "lr": lr}
                 values |= {"logit_scale": result.logit_scale, "attention_entropy": result.attention_entropy}
                 values |= {"grad_norm": gradient_norm(trainer), "position": batch.position_after}
-                values |= clock.read(settings.global_batch_size) | {"skipped": sum(stream.skipped.values())}
-                values |= {"bad_steps": bad_steps.count}
+                values |= clock.read(settings.global_batch_size, world.size, peak_s)
+                values |= {"skipped": sum(stream.skipped.values()), "bad_steps": bad_steps.count}
                 if settings.engine.precision == "fp16":
                     scale = engine.loss_scaler(trainer, settings.engine)["cur_scale"]
                     values |= {"loss_scale": scale, "overflows": overflows}
                 values |= {"resident_mb": metrics.resident_mb(), "device_mb": metrics.device_mb(world.device)}
                 lines.write(values)
+                recorders.write(values)
                 logger.info("step", **{k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()})
             progress.doing = "agreeing on what is next"
             agreed = health.agree(world, stop=bool(stop), save=writer.minutes_passed())
             done = step == settings.steps
-            if agreed.save or agreed.stop or done or step % settings.checkpoint.every_steps == 0:
+            save = agreed.save or agreed.stop or done or step % settings.checkpoint.every_steps == 0
+            look = settings.validate.due(step, done)
+            if save or look:
                 progress.doing = "gathering the state for a checkpoint"
                 state = engine.gather_state(trainer, settings.engine)
-                if world.is_main:
-                    info = {"config": config.to_dict(settings), "data": stream.state_after(batch), "updates": updates}
-                    info["loss_scaler"] = engine.loss_scaler(trainer, settings.engine)
-                    writer.save(step, state, info | {"revision": metrics.revision(), **made_for})
+            best = False
+            if look and validation and recorders:
+                figures = validation.measure(step, state["master"], frozen.widths, settings.embedder, settings.loss)
+                recorders.write({"step": step} | {f"validation/{name}": value for name, value in figures.items()})
+                best = validation.is_best(step, figures)
+            if world.is_main and (save or best):
+                info = {"config": config.to_dict(settings), "data": stream.state_after(batch), "updates": updates}
+                info["loss_scaler"] = engine.loss_scaler(trainer, settings.engine)
+                writer.save(step, state, info | {"revision": metrics.revision(), **frozen.made_for})
+            if best and validation:
+                writer.best = step
+                writer.wait()
+                validation.note_best()
             if agreed.stop and not done:
                 writer.wait()
                 # A launcher ends what is left soon after the first rank: nobody leaves before the write is done.
@@ -244,6 +257,14 @@ def train(settings: TrainConfig, world: World, stop: StopRequest | None = None) 
     if world.is_main:
         logger.info("trained", run=str(run), steps=settings.steps)
     return True
+
+
+def validation_of(settings: TrainConfig, frozen: Frozen, run: Path, world: World, begun: int) -> Validation:
+    """The small evaluation of a run; of the main rank."""
+    towers = {"vision": settings.vision, "text": settings.text}
+    folder, dtype = checkpoint_folder(settings), settings.engine.dtype
+    held = (frozen.vision, frozen.text)
+    return Validation(settings.validate, towers, *held, run, folder, world.device, dtype, begun)
 
 
 def accumulation_of(settings: TrainConfig, world_size: int) -> int:

@@ -27,6 +27,7 @@ class ColourVision:
     """Patch tokens (B, T, 3) are the mean red, green and blue of each patch, less one half; any stride."""
 
     width, patch_size = 3, PATCH
+    blocks = ()
     preprocess = Preprocess(image_size=16, mean=(0.5, 0.5, 0.5), std=(1.0, 1.0, 1.0), interpolation="bilinear")
 
     def __init__(self) -> None:
