@@ -1,9 +1,10 @@
-"""Where a training step's time goes, and whether ZeRO's stages agree.
+"""Where a training step's time goes, whether ZeRO's stages agree, and whether the plan's counts are right.
 
     python benchmarks/engine.py [--quick] [--json FILE]
 
 A step on pictures (the packaged ViT-S, one rank) is timed part by part; ZeRO 0 to 3 train the same recipe on made-up
-patch tokens with two ranks that talk gloo on loopback.
+patch tokens with two ranks that talk gloo on loopback; what their steps compute, hold and send is counted and compared
+with what ``pacl_scale.plan`` says of them.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from pacl_scale.checkpoint import CheckpointConfig
 from pacl_scale.data.features import FeatureFormat
 from pacl_scale.data.index import build_index
 from pacl_scale.data.stream import DataConfig
+from pacl_scale.data.vectors import VectorFormat
 from pacl_scale.distributed import DistributedConfig, World, joined
 from pacl_scale.embedder import EmbedderConfig
 from pacl_scale.encoders import TextEncoderConfig, VisionConfig, build_vision
@@ -44,10 +46,13 @@ from pacl_scale.engine import EngineConfig
 from pacl_scale.loss import LossConfig, PACLLoss
 from pacl_scale.model import PACLModel, build_embedder
 from pacl_scale.optim import OptimConfig
+from pacl_scale.plan.counters import counted_steps, largest_error
+from pacl_scale.plan.work import Shapes
 from pacl_scale.train import TrainConfig, train
 
 BATCH, WORLD, SAMPLES, TOKENS, WIDTH = 64, 2, 512, 49, 64
-TEXT = TextEncoderConfig(source="package", model="all-minilm-l6-v2", batch_size=8)
+VECTORS = VectorFormat(WIDTH, {"source": "benchmark"}, TextEncoderConfig().named)
+"""Texts are vectors already: a text tower is not what is compared here."""
 
 
 class Parts:
@@ -132,8 +137,10 @@ def write_tokens(root: Path) -> None:
         for number in range(SAMPLES):
             tokens = torch.from_numpy(random.normal(size=(1, TOKENS, WIDTH)).astype(np.float32))
             texts = {"captions": [f"caption {number % 40}"], "nouns": []}
-            tar.write({"__key__": f"{number:07d}", "json": json.dumps(texts).encode(), **layout.pack(tokens)[0]})
-    build_index(str(root), kind="features", extra=layout.to_dict())
+            vector = torch.from_numpy(np.random.default_rng(number % 40).normal(size=(1, WIDTH)))
+            members = {**layout.pack(tokens)[0], **VECTORS.pack(vector)}
+            tar.write({"__key__": f"{number:07d}", "json": json.dumps(texts).encode(), **members})
+    build_index(str(root), kind="features", extra=layout.to_dict() | VECTORS.to_dict())
 
 
 def settings_for(folder: Path, stage: int, steps: int) -> TrainConfig:
@@ -144,7 +151,6 @@ def settings_for(folder: Path, stage: int, steps: int) -> TrainConfig:
         global_batch_size=BATCH,
         log_every=1,
         data=DataConfig(root=str(folder / "tokens")),
-        text=TEXT,
         optim=OptimConfig(lr=1e-3, warmup_steps=3),
         engine=EngineConfig(stage, "fp32"),  # type: ignore[arg-type]
         checkpoint=CheckpointConfig(steps),
@@ -156,8 +162,23 @@ def on_a_rank(rank: int, port: int, folder: Path, steps: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(WORLD), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(WORLD)}
     with joined(DistributedConfig(device="cpu")) as world:
+        # First, for the counters have to be there when DeepSpeed starts.
+        threads = torch.get_num_threads()
+        planned = counted_steps(world, PLANNED)
+        torch.set_num_threads(threads)
+        if rank == 0:
+            (folder / "planned.json").write_text(json.dumps(planned))
         for stage in range(4):
             train(settings_for(folder, stage, steps), World(rank, WORLD, rank, world.device))
+
+
+PLANNED = [
+    (Shapes(BATCH, WORLD, 1, 196, 384, 384, 384), EngineConfig(1, "bf16")),
+    (Shapes(1024, WORLD, 1, 8, 64, 64, 64), EngineConfig(0, "fp32")),
+    (Shapes(BATCH, WORLD, 4, TOKENS, 96, WIDTH, WIDTH), EngineConfig(2, "fp32")),
+    (Shapes(BATCH, WORLD, 2, 4, 400, 350, 350), EngineConfig(3, "bf16")),
+]
+"""Steps whose counts are compared with the plan's; stage 3 last."""
 
 
 def stages(steps: int) -> dict[str, Any]:
@@ -169,6 +190,7 @@ def stages(steps: int) -> dict[str, Any]:
         port = probe.getsockname()[1]
         probe.close()
         multiprocessing.spawn(on_a_rank, (port, folder, steps), nprocs=WORLD)
+        planned = json.loads((folder / "planned.json").read_text())
         rows, curves = [], []
         for stage in range(4):
             run = folder / f"zero{stage}"
@@ -186,7 +208,7 @@ def stages(steps: int) -> dict[str, Any]:
                 }
             )
     differences = [abs(a - b) / abs(b) for curve in curves[1:] for a, b in zip(curve, curves[0], strict=True)]
-    return {"stages": rows, "max_diff": max(differences)}
+    return {"stages": rows, "max_diff": max(differences), "planned": planned}
 
 
 def main() -> None:
@@ -204,9 +226,11 @@ def main() -> None:
         "rest_share": parts["rest_share"],
         "zero_parity_max_diff": zero["max_diff"],
         "checkpoint_bytes_over_state": max(row["checkpoint_over_state"] for row in zero["stages"]),
+        "plan_error_max": largest_error(zero["planned"]),
         "pairs_per_s": max(row["pairs_per_s"] for row in zero["stages"]),
         "step_seconds": parts["seconds"],
         "stages": zero["stages"],
+        "planned": zero["planned"],
     }
     write(results, arguments.json)
 
