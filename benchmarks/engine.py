@@ -175,7 +175,7 @@ def on_a_rank(rank: int, port: int, folder: Path, steps: int) -> None:
 PLANNED = [
     (Shapes(BATCH, WORLD, 1, 196, 384, 384, 384), EngineConfig(1, "bf16")),
     (Shapes(1024, WORLD, 1, 8, 64, 64, 64), EngineConfig(0, "fp32")),
-    (Shapes(BATCH, WORLD, 4, TOKENS, 96, WIDTH, WIDTH), EngineConfig(2, "fp32")),
+    (Shapes(512, WORLD, 4, TOKENS, 96, WIDTH, WIDTH), EngineConfig(2, "fp32")),
     (Shapes(BATCH, WORLD, 2, 4, 400, 350, 350), EngineConfig(3, "bf16")),
 ]
 """Steps whose counts are compared with the plan's; stage 3 last."""
