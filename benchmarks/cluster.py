@@ -76,15 +76,16 @@ def drills(chosen: str) -> dict[str, Any]:
         command = [sys.executable, "-m", "pytest", "-q", "-m", "slurm", "-p", "no:cacheprovider", str(TESTS)]
         command += [f"--junit-xml={report}", f"--basetemp={folder}/tests", *(["-k", chosen] if chosen else [])]
         subprocess.run(command, cwd=TESTS.parent, stdout=subprocess.DEVNULL, check=False)
-        cases = list(ElementTree.parse(report).iter("testcase"))
+        tree = ElementTree.parse(report)
     results: dict[str, Any] = {"drills": {}}
-    for case in cases:
-        kinds = {child.tag for child in case} & {"failure", "error", "skipped"}
-        outcome = {"seconds": float(case.get("time", "0")), "outcome": min(kinds) if kinds else "passed"}
-        results["drills"][case.get("name")] = outcome
-        for one in case.iter("property"):
-            if one.get("name") in FIGURES:
-                results[str(one.get("name"))] = int(str(one.get("value")))
+    for case in tree.iter("testcase"):
+        bad = [child for child in case if child.tag in ("failure", "error", "skipped")]
+        outcome = {"seconds": float(case.get("time", "0")), "outcome": bad[0].tag if bad else "passed"}
+        why = {"why": str(bad[0].get("message", ""))[:500]} if bad else {}
+        results["drills"][case.get("name")] = outcome | why
+    for one in tree.iter("property"):
+        if one.get("name") in FIGURES:
+            results[str(one.get("name"))] = int(str(one.get("value")))
     return results | {"drills_passed": all(one["outcome"] == "passed" for one in results["drills"].values())}
 
 

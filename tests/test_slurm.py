@@ -175,9 +175,10 @@ def test_a_job_that_is_preempted_comes_back(
     run = tmp_path / "run"
     number = submitted(words_for(features, run))
     wait_for_step(run, 3)
-    urgent = cluster.run("sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--wrap=sleep 1")
+    urgent = ["sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null"]
+    number_of_urgent = cluster.run(*urgent, "--wrap=sleep 1").strip()
     wait_for_restart(cluster, number, run)
-    assert cluster.wait(urgent.strip()) == "COMPLETED"
+    assert cluster.wait(number_of_urgent) == "COMPLETED"
     finished(cluster, number, run)
     assert curve(run) == expected
 

@@ -22,7 +22,7 @@ BROKEN = DATA_SETS[6]
 
 @pytest.mark.timeout(400)
 def test_sixty_cells_a_dying_node_and_five_crashes(
-    cluster: Cluster, tmp_path: Path, record_property: Callable[[str, object], None]
+    cluster: Cluster, tmp_path: Path, record_testsuite_property: Callable[[str, object], None]
 ) -> None:
     runs = write_runs(tmp_path, RUNS)
     evaluation = write_data(tmp_path, DATA_SETS, BROKEN)
@@ -51,8 +51,8 @@ def test_sixty_cells_a_dying_node_and_five_crashes(
     rows = {folder.name: read_rows(str(folder)) for folder in folders}
     assert len(rows) == 60
     measured = sum(any(row.method == "pacl" for row in found) for found in rows.values())
-    record_property("sweep_rows", measured)
-    record_property("sweep_named_failures", len(named))
+    record_testsuite_property("sweep_rows", measured)
+    record_testsuite_property("sweep_named_failures", len(named))
     assert measured == 55
     entries = {folder.name: ledger.read(folder) for folder in folders}
     outcomes = [one.outcome for entry in entries.values() if entry for one in entry.attempts]
@@ -66,7 +66,7 @@ def test_sixty_cells_a_dying_node_and_five_crashes(
         main(words)
     again = {folder.name: ledger.read(folder) for folder in folders}
     tried = [name for name, entry in again.items() if entry and entry.attempts != entries[name].attempts]  # type: ignore[union-attr]
-    record_property("sweep_rerun_cells", len(tried))
+    record_testsuite_property("sweep_rerun_cells", len(tried))
     assert len(tried) == 5 and all(BROKEN in name for name in tried)
 
 
