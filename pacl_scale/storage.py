@@ -5,6 +5,7 @@ Credentials and endpoints come from the environment or the cloud's own configura
 secret can reach a log or a run directory.
 """
 
+import errno
 import posixpath
 import uuid
 from collections.abc import Callable, Iterator
@@ -22,6 +23,9 @@ Result = TypeVar("Result")
 
 ATTEMPTS = 7
 """How often :func:`patiently` asks a store that does not answer; with the pauses between, about half a minute."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""What no waiting mends: no space, no quota, nothing to write to."""
 
 logger = get_logger("pacl_scale.storage")
 
@@ -64,7 +68,8 @@ def explained(url: str) -> Iterator[None]:
             raise UserError(f"{url}: the bucket does not exist; create it first") from error
         raise UserError(f"{url}: there is no such file") from error
     except (OSError, TimeoutError) as error:
-        raise StoreUnavailable(f"{url}: the store did not answer as it should ({_first_line(error)})") from error
+        failure = UserError if getattr(error, "errno", None) in FULL else StoreUnavailable
+        raise failure(f"{url}: the store did not answer as it should ({_first_line(error)})") from error
     except Exception as error:
         # botocore's own errors (no credentials, endpoint not reachable) share no base class with OSError.
         if type(error).__module__.split(".")[0] not in ("botocore", "aiobotocore", "aiohttp"):

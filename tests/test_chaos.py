@@ -1,7 +1,6 @@
 """Sixty disasters over one training run: the curve is the undisturbed one, and every sample was seen once an epoch."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -16,6 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from faulty_proxy import FaultyProxy
+from ranks import started_quickly
 from training import SAMPLES, curve, settings_for
 
 from pacl_scale import checkpoint, config, metrics, storage
@@ -32,7 +32,7 @@ STEPS, BATCH, DISASTERS = 240, 16, 60
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 STORE_FAULTS = ("500", "503", "reset before", "reset in body", "truncated")
 
-processes = multiprocessing.get_context("forkserver")
+processes = started_quickly()
 
 
 def rank_of(settings: dict[str, Any], rank: int, size: int, port: int, seen: str) -> None:
@@ -109,13 +109,6 @@ class Attempt:
 def with_environment(rank: int, settings: dict[str, Any], size: int, port: int, seen: str, env: dict[str, str]) -> None:
     os.environ |= env
     rank_of(settings, rank, size, port, seen)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def imported_once() -> None:
-    # The fork server imports what takes seconds; each of a hundred ranks then starts in a fraction of one.
-    lazily = ["torch._dynamo", "torch._inductor.compile_fx", "deepspeed.runtime.zero.muon.original_muon"]
-    processes.set_forkserver_preload(["pacl_scale.train", "deepspeed", "numba", "s3fs", *lazily])
 
 
 def write_settings(features: str, run: Path, folder: str | None = None) -> Path:

@@ -62,12 +62,17 @@ def phase_bytes(shapes: Shapes, settings: Settings, vision: Tower | None) -> dic
     # With accumulation the gradient of the whole share's table is kept while each micro-batch is embedded again.
     kept_tables = 0 if shapes.accumulation == 1 else share * table
     numbers = shapes.trainable
+    sharded = -(-numbers // shapes.world)
     phases = {
         "embedder": texts + hidden + 3 * embedded + kept_tables,
         "similarity": texts + hidden + 2 * embedded + _tables(shapes, kept_tables) + _tiles(shapes, settings),
         "gradients": texts + kept_tables + hidden + _gradients(shapes, settings, embedded),
-        "loss": texts + _in_loss(shapes, hidden + embedded) + _row_blocks(shapes, settings),
-        "update": texts + numbers * held + kept_tables + _update(shapes, settings),
+        "loss": texts + _in_loss(shapes, hidden + embedded + N * D * held) + _row_blocks(shapes, settings),
+        # What ZeRO does not update here is let go of first.
+        "update": texts
+        + kept_tables
+        + _update(shapes, settings)
+        + held * (sharded if settings.zero_stage else numbers),
     }
     if vision:
         pictures = micro if settings.on_gpu else min(micro, settings.pictures_per_pass)
