@@ -66,11 +66,7 @@ class FaultyProxy:
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         """Forward one request and perhaps spoil its answer."""
         fault = self._draw()
-        if fault in ("500", "503"):
-            self._send(request, int(fault), {}, SLOW_DOWN if fault == "503" else b"oops")
-            return
-        if fault == "reset before":
-            self._reset(request)
+        if self._refused(request, fault):
             return
         status, headers, body = self._forward(request)
         if fault is None or status >= 400:
@@ -96,11 +92,7 @@ class FaultyProxy:
         """Forward a request that changes the store, or refuse it; the answer of one may be lost on the way."""
         body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
         fault = self._draw()
-        if fault in ("500", "503"):
-            self._send(request, int(fault), {}, SLOW_DOWN if fault == "503" else b"oops")
-            return
-        if fault == "reset before":
-            self._reset(request)
+        if self._refused(request, fault):
             return
         answer = self._forward(request, body)
         if fault == "reset in body":
@@ -112,6 +104,16 @@ class FaultyProxy:
         """Forward one request and leave its answer as it is."""
         status, headers, body = self._forward(request)
         self._send(request, status, headers, body)
+
+    def _refused(self, request: BaseHTTPRequestHandler, fault: str | None) -> bool:
+        """Whether ``fault`` kept the request from the store; it is answered then."""
+        if fault in ("500", "503"):
+            self._send(request, int(fault), {}, SLOW_DOWN if fault == "503" else b"oops")
+        elif fault == "reset before":
+            self._reset(request)
+        else:
+            return False
+        return True
 
     def _draw(self) -> str | None:
         with self._lock:
