@@ -11,6 +11,7 @@ checksums do not match is passed over as well, aloud. Folders may lie on any fss
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -120,8 +121,17 @@ class Writer:
         minutes = self.config.every_minutes
         return minutes is not None and time.monotonic() - self._last >= 60 * minutes
 
-    def save(self, step: int, state: dict[str, dict[str, Tensor]], info: dict[str, Any]) -> None:
-        """:func:`save` in a thread, when the write before is done; ``state`` is not to be changed any more."""
+    def save(
+        self,
+        step: int,
+        state: dict[str, dict[str, Tensor]],
+        info: dict[str, Any],
+        then: Callable[[], None] | None = None,
+    ) -> None:
+        """:func:`save` in a thread, when the write before is done, and ``then`` after it.
+
+        ``state`` is not to be changed any more.
+        """
         try:
             self.wait()
         except RunFailed as error:
@@ -133,7 +143,10 @@ class Writer:
         keep_last, keep_every, best = self.config.keep_last, self.config.keep_every, self.best
 
         def write() -> str:
-            return storage.patiently(save, self.folder, step, state, info, keep_last, keep_every, best)
+            url = storage.patiently(save, self.folder, step, state, info, keep_last, keep_every, best)
+            if then:
+                then()
+            return url
 
         self._writing = self._thread.submit(write)
 

@@ -137,6 +137,12 @@ def loss_scaler(engine: Any, config: EngineConfig) -> dict[str, float]:
     return {name: getattr(scaler, name) for name in SCALER_STATE if getattr(scaler, name, None) is not None}
 
 
+def scaling(engine: Any, config: EngineConfig, overflows: int) -> dict[str, float]:
+    """What fp16's loss scaling is at, for a line of measurements; empty in other precisions."""
+    state = loss_scaler(engine, config)
+    return {"loss_scale": state["cur_scale"], "overflows": overflows} if state else {}
+
+
 def restore_loss_scaler(engine: Any, config: EngineConfig, state: dict[str, float]) -> None:
     """Put back what :func:`loss_scaler` returned; a checkpoint of another precision has none, and the search begins."""
     if config.precision == "fp16":

@@ -65,6 +65,11 @@ def device_mb(device: torch.device) -> float | None:
     return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
 
 
+def memory(device: torch.device) -> dict[str, float | None]:
+    """Memory of this process and of its device, for a line of measurements."""
+    return {"resident_mb": resident_mb(), "device_mb": device_mb(device)}
+
+
 def environment() -> dict[str, str]:
     """What a reader needs to repeat a run: machine, versions, revision. No variables of the environment."""
     facts = {

@@ -217,10 +217,7 @@ def train(settings: TrainConfig, world: World, stop: StopRequest | None = None) 
                 values |= {"grad_norm": gradient_norm(trainer), "position": batch.position_after}
                 values |= clock.read(settings.global_batch_size, world.size, peak_s)
                 values |= {"skipped": sum(stream.skipped.values()), "bad_steps": bad_steps.count}
-                if settings.engine.precision == "fp16":
-                    scale = engine.loss_scaler(trainer, settings.engine)["cur_scale"]
-                    values |= {"loss_scale": scale, "overflows": overflows}
-                values |= {"resident_mb": metrics.resident_mb(), "device_mb": metrics.device_mb(world.device)}
+                values |= engine.scaling(trainer, settings.engine, overflows) | metrics.memory(world.device)
                 lines.write(values)
                 recorders.write(values)
                 logger.info("step", **{k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()})
@@ -228,7 +225,8 @@ def train(settings: TrainConfig, world: World, stop: StopRequest | None = None) 
             agreed = health.agree(world, stop=bool(stop), save=writer.minutes_passed())
             done = step == settings.steps
             save = agreed.save or agreed.stop or done or step % settings.checkpoint.every_steps == 0
-            look = settings.validate.due(step, done)
+            # Who is asked to stop has little time left.
+            look = settings.validate.due(step, done) and not agreed.stop
             if save or look:
                 progress.doing = "gathering the state for a checkpoint"
                 state = engine.gather_state(trainer, settings.engine)
@@ -240,11 +238,9 @@ def train(settings: TrainConfig, world: World, stop: StopRequest | None = None) 
             if world.is_main and (save or best):
                 info = {"config": config.to_dict(settings), "data": stream.state_after(batch), "updates": updates}
                 info["loss_scaler"] = engine.loss_scaler(trainer, settings.engine)
-                writer.save(step, state, info | {"revision": metrics.revision(), **frozen.made_for})
-            if best and validation:
-                writer.best = step
-                writer.wait()
-                validation.note_best()
+                then = validation.note_best() if best and validation else None
+                writer.save(step, state, info | {"revision": metrics.revision(), **frozen.made_for}, then)
+                writer.best = validation.best_step if validation else None
             if agreed.stop and not done:
                 writer.wait()
                 # A launcher ends what is left soon after the first rank: nobody leaves before the write is done.

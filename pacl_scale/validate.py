@@ -6,6 +6,7 @@ says which step was best.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,17 +159,18 @@ class Validation:
         return figures
 
     def is_best(self, step: int, figures: dict[str, float]) -> bool:
-        """Whether these are the best figures so far; notes it."""
+        """Whether these are the best figures so far; remembers them."""
         value = figures[self.config.figure]
         if self.best_value is not None and value <= self.best_value:
             return False
         self.best_step, self.best_value = step, value
         return True
 
-    def note_best(self) -> None:
-        """Write which checkpoint is the best; after it was written."""
+    def note_best(self) -> Callable[[], None]:
+        """What writes down which checkpoint is the best now; to be called when that one is written."""
         note = {"step": self.best_step, "figure": self.config.figure, "value": self.best_value}
-        storage.patiently(storage.write_bytes, storage.join(self._folder, BEST), json.dumps(note).encode())
+        url, content = storage.join(self._folder, BEST), json.dumps(note).encode()
+        return lambda: storage.patiently(storage.write_bytes, url, content)
 
 
 def _read_best(folder: str, figure: str) -> tuple[int | None, float | None]:

@@ -28,7 +28,7 @@ from pacl_scale.train import TrainConfig
 
 pytestmark = [pytest.mark.distributed, pytest.mark.s3, pytest.mark.slow, pytest.mark.timeout(900)]
 
-STEPS, BATCH, DISASTERS = 240, 16, 60
+STEPS, BATCH, DISASTERS = 480, 16, 60
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 STORE_FAULTS = ("500", "503", "reset before", "reset in body", "truncated")
 
@@ -119,7 +119,7 @@ def write_settings(features: str, run: Path, folder: str | None = None) -> Path:
         global_batch_size=BATCH,
         data=DataConfig(root=features, patch_sample=4),
         engine=EngineConfig(1, "fp32"),
-        checkpoint=CheckpointConfig(every_steps=5, folder=folder),
+        checkpoint=CheckpointConfig(every_steps=5, keep_every=STEPS // 2, folder=folder),
     )
     settings.distributed.device, settings.distributed.threads = "cpu", 1
     settings.distributed.step_timeout_minutes = 0.5
@@ -238,7 +238,9 @@ def test_sixty_disasters_change_nothing(quick_features: str, store: ObjectStore,
 
 
 def rewind(folder: str, run: Path, step: int) -> None:
-    """Forget the checkpoints after ``step``."""
+    """Forget what came after ``step``."""
     for later in checkpoint.steps_in(folder):
         if later > step:
             storage.remove(storage.join(folder, f"{later:08d}"))
+    assert checkpoint.steps_in(folder)[-1] == step
+    metrics.MetricsFile(run / "metrics.jsonl", step)
