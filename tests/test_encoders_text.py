@@ -17,6 +17,7 @@ class Counting:
 
     width = 2
     device = torch.device("cpu")
+    module = torch.nn.Identity()
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
