@@ -68,8 +68,9 @@ def explained(url: str) -> Iterator[None]:
             raise UserError(f"{url}: the bucket does not exist; create it first") from error
         raise UserError(f"{url}: there is no such file") from error
     except (OSError, TimeoutError) as error:
-        failure = UserError if getattr(error, "errno", None) in FULL else StoreUnavailable
-        raise failure(f"{url}: the store did not answer as it should ({_first_line(error)})") from error
+        if getattr(error, "errno", None) in FULL:
+            raise UserError(f"{url} cannot be written ({_first_line(error)})") from error
+        raise StoreUnavailable(f"{url}: the store did not answer as it should ({_first_line(error)})") from error
     except Exception as error:
         # botocore's own errors (no credentials, endpoint not reachable) share no base class with OSError.
         if type(error).__module__.split(".")[0] not in ("botocore", "aiobotocore", "aiohttp"):

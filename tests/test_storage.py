@@ -1,5 +1,6 @@
 """Files anywhere, and a sentence for each fault of a store."""
 
+import errno
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,3 +132,9 @@ def test_patience_waits_for_a_store_that_comes_back_and_names_one_that_does_not(
     with pytest.raises(UserError, match="no access"):
         storage.patiently(refuse)
     assert len(asked) == 1
+
+
+def test_a_full_disk_is_not_waited_for() -> None:
+    with pytest.raises(UserError, match="cannot be written .*No space left") as raised, storage.explained("/run/x"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not isinstance(raised.value, storage.StoreUnavailable)
