@@ -92,7 +92,7 @@ def start(
         raise UserError("engine.precision is fp16, which this device does not compute in; take bf16 or fp32")
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=build_optimizer(optim, model),
+        optimizer=build_optimizer(optim, model, model.lr_shares),
         config=_deepspeed_settings(config, optim, model, micro_batch_size, accumulation),
     )
     _lay_out_state(engine, config, model)
@@ -179,9 +179,9 @@ def prepare_tower(config: EngineConfig, blocks: Sequence[nn.Module], world: Worl
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:
-    """Set the learning rate of every parameter group for the next step."""
+    """Set the learning rate of every parameter group for the next step, its share of ``lr``."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_share"]
 
 
 def gather_state(engine: Any, config: EngineConfig) -> dict[str, dict[str, Tensor]]:
@@ -243,11 +243,11 @@ def _lay_out_state(engine: Any, config: EngineConfig, model: PACLModel) -> None:
     fresh run and a resumed one are the same code.
     """
     before = loss_scaler(engine, config)
-    token = torch.zeros(1, 1, model.embedder.linear1.in_features, device=engine.device)
+    nothing = model.smallest_input(engine.device)
     set_learning_rate(engine, 0.0)
     for _ in range(engine.gradient_accumulation_steps()):
-        patches, scale = engine(token)
-        engine.backward((patches.sum() + scale.sum()) * 0.0)
+        outputs = [one.sum() for one in engine(*nothing) if one is not None]
+        engine.backward(torch.stack(outputs).sum() * 0.0)
         engine.step()
     if config.zero_stage in (1, 2):
         # DeepSpeed links the moments after the first parameter group's step, when the second group has none yet.

@@ -21,10 +21,10 @@ from pacl_scale.pages import templates
 
 PROG = "python -m pacl_scale.export"
 CARD = "README.md"
-KEPT = ("vision", "text", "embedder", "loss", "optim", "engine", "steps", "global_batch_size", "seed")
+KEPT = ("vision", "text", "embedder", "unfreeze", "loss", "optim", "engine", "steps", "global_batch_size", "seed")
 """Sections of the configuration that go along; the others say where things lay."""
 
-MUST_AGREE = ("vision", "text", "embedder", "loss")
+MUST_AGREE = ("vision", "text", "embedder", "unfreeze", "loss")
 """Sections that averaged checkpoints must share."""
 
 logger = log.get_logger("pacl_scale.export")

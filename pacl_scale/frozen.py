@@ -7,7 +7,10 @@ from pacl_scale import engine
 from pacl_scale.data.stream import PairStream
 from pacl_scale.distributed import World
 from pacl_scale.encoders import TextEncoder, VisionEncoder, build_text, build_vision
-from pacl_scale.plan.work import Shapes, Tower, step_flops, vision_tower
+from pacl_scale.encoders.tail import VisionTail
+from pacl_scale.encoders.vit import FrozenViT
+from pacl_scale.errors import UserError
+from pacl_scale.plan.work import Shapes, Tower, step_flops, vision_tail, vision_tower
 from pacl_scale.recorders import peak_flops
 
 if TYPE_CHECKING:
@@ -24,8 +27,15 @@ class Frozen:
     """Of patch tokens and of text vectors."""
     made_for: dict[str, Any]
     """What the embedder is made for; an evaluation refuses other towers."""
+    look: VisionEncoder | None
+    """The vision tower for validation, which puts weights of its own into the tail."""
     vision_cost: Tower | None
     """What a picture costs; None without a vision tower, or where its products cannot be counted."""
+
+    @property
+    def tail(self) -> VisionTail | None:
+        """The part of the vision tower that is not frozen."""
+        return self.vision.tail if isinstance(self.vision, FrozenViT) else None
 
 
 def frozen_towers(settings: "TrainConfig", stream: PairStream, world: World) -> Frozen:
@@ -34,7 +44,7 @@ def frozen_towers(settings: "TrainConfig", stream: PairStream, world: World) -> 
     Raises:
         UserError: a tower cannot be had, or is not the one whose vectors the data set holds.
     """
-    text = vision = cost = None
+    text = vision = look = cost = None
     if stream.vectors:
         stream.vectors.check_tower(settings.text.named)
         width_out, vectors_of = stream.vectors.width, stream.vectors.tower
@@ -42,15 +52,20 @@ def frozen_towers(settings: "TrainConfig", stream: PairStream, world: World) -> 
         text = build_text(settings.text, world.device, settings.engine.dtype)
         width_out, vectors_of = text.width, text.fingerprint()
     if stream.features:
+        if settings.unfreeze.vision_blocks:
+            raise UserError("unfreeze.vision_blocks needs pictures, but the data set holds tokens of the whole tower")
         width_in, tokens_of = stream.width, stream.features.vision
     else:
-        vision = build_vision(settings.vision, world.device, settings.engine.dtype)
+        vision = build_vision(settings.vision, world.device, settings.engine.dtype, settings.unfreeze.vision_blocks)
         cost = vision_tower(vision)
         engine.prepare_tower(settings.engine, vision.blocks, world)
         stream.prepare_pictures_for(vision.preprocess)
         width_in, tokens_of = vision.width, vision.fingerprint()
+        look = vision
+        if isinstance(vision, FrozenViT) and vision.tail is not None and settings.validate.every_steps:
+            look = vision.with_spare_tail()
     made_for = {"width_in": width_in, "width_out": width_out, "towers": {"vision": tokens_of, "text": vectors_of}}
-    return Frozen(vision, text, (width_in, width_out), made_for, cost)
+    return Frozen(vision, text, (width_in, width_out), made_for, look, cost)
 
 
 def peak_seconds_of_a_pair(
@@ -71,5 +86,7 @@ def peak_seconds_of_a_pair(
         hidden=settings.embedder.hidden or frozen.widths[1],
         width=frozen.widths[1],
         pooling=settings.loss.pooling,
+        tail=vision_tail(frozen.vision) if frozen.vision else None,
+        text_hidden=settings.unfreeze.hidden(frozen.widths[1]),
     )
     return sum(step_flops(shapes, frozen.vision_cost, None).values()) / shapes.share / peak

@@ -1,6 +1,7 @@
 """AdamW and its learning rate over time."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -50,12 +51,25 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return config.lr * (config.final_lr_share + (1 - config.final_lr_share) * cosine)
 
 
-def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters: matrices decay, vectors and scalars do not."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+def build_optimizer(
+    config: OptimConfig, module: nn.Module, lr_shares: Mapping[str, float] | None = None
+) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters: matrices decay, vectors and scalars do not.
+
+    Args:
+        config: AdamW's settings.
+        module: what is trained.
+        lr_shares: beginning of a parameter's name to its share of the learning rate; the others have all of it. Such
+            groups have the key ``lr_share``.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            shares = [share for beginning, share in (lr_shares or {}).items() if name.startswith(beginning)]
+            groups.setdefault((shares[0] if shares else 1.0, parameter.ndim >= 2), []).append(parameter)
+    # Those that learn fast first, matrices before vectors.
+    settings = [
+        {"params": groups[key], "weight_decay": config.weight_decay * key[1], "lr_share": key[0]}
+        for key in sorted(groups, reverse=True)
     ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, foreach=False)
+    return torch.optim.AdamW(settings, lr=config.lr, betas=config.betas, eps=config.eps, foreach=False)

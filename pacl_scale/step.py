@@ -1,6 +1,7 @@
 """One optimizer step on a global batch: frozen towers, embedder, similarity, loss, gradient, update.
 
-Shapes: b pictures on this rank, T patches, Din / D width of tokens / text vectors.
+Shapes: b pictures on this rank, N texts of all ranks, P prefix tokens, T patches of which n take part, Din / D width of
+tokens / text vectors.
 """
 
 import math
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from pacl_scale.data.stream import PairBatch
 from pacl_scale.encoders import TextEncoder, VisionEncoder
+from pacl_scale.encoders.vit import FrozenViT
 from pacl_scale.errors import RunFailed
 from pacl_scale.loss import GlobalTexts, PACLLoss
 from pacl_scale.similarity import attention_entropy
@@ -23,13 +25,15 @@ class MicroBatch:
     """What one forward pass on this rank needs, on its device."""
 
     tokens: Tensor
-    """(b, T, Din) frozen patch tokens in the compute dtype."""
+    """(b, n, Din) frozen patch tokens in the compute dtype; with a trainable tail (b, P + T, Din), what enters it."""
     texts: Tensor
     """(b, D) float32 text vectors."""
     text_ids: Tensor
     """(b,) int64."""
     image_text_ids: Tensor
     """(b, K) int64, padded with -1."""
+    chosen: Tensor | None = None
+    """(b, n) int64: which patches that the tail puts out take part; None if all do."""
 
 
 def encode(
@@ -40,15 +44,27 @@ def encode(
     assert texts is not None
     for start in range(0, len(batch.texts), size):
         part = slice(start, start + size)
-        if vision is None:
-            assert batch.patches is not None
-            tokens = batch.patches[part].to(device, non_blocking=True)
-        else:
-            assert batch.images is not None
-            tokens = vision.encode(batch.images[part].to(device, non_blocking=True)).tokens
-            tokens = batch.sampled(tokens, part)
+        tokens, chosen = _tokens(batch, part, vision, device)
         ids, image_ids = batch.text_ids[part].to(device), batch.image_text_ids[part].to(device)
-        yield MicroBatch(tokens, texts[part].to(device), ids, image_ids)
+        yield MicroBatch(tokens, texts[part].to(device), ids, image_ids, chosen)
+
+
+def _tokens(
+    batch: PairBatch, part: slice, vision: VisionEncoder | None, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """What of a micro-batch is frozen, and which patches are still to be chosen from what is made of it."""
+    if vision is None:
+        assert batch.patches is not None
+        return batch.patches[part].to(device, non_blocking=True), None
+    assert batch.images is not None
+    images = batch.images[part].to(device, non_blocking=True)
+    if isinstance(vision, FrozenViT) and vision.tail is not None:
+        tokens = vision.encode_up_to_tail(images)
+        chosen = batch.chosen(tokens.shape[1] - vision.tail.prefix, part)
+        return tokens, None if chosen is None else chosen.to(device)
+    tokens = vision.encode(images).tokens
+    chosen = batch.chosen(tokens.shape[1], part)
+    return tokens if chosen is None else torch.take_along_dim(tokens, chosen.to(device)[:, :, None], dim=1), None
 
 
 @dataclass
@@ -71,28 +87,23 @@ def train_step(trainer: Any, loss_of: PACLLoss, micro_batches: list[MicroBatch],
     respect to every similarity is taken once, from similarities computed without a graph; then each micro-batch
     is embedded again and that gradient is carried through its own graph. Frozen towers run once either way.
     """
-    texts = loss_of.gather(
-        torch.cat([micro.texts for micro in micro_batches]), torch.cat([micro.text_ids for micro in micro_batches])
-    )
     image_text_ids = torch.cat([micro.image_text_ids for micro in micro_batches])
     whole = len(micro_batches) == 1
-    tables = []
-    with torch.set_grad_enabled(whole):
-        for micro in micro_batches:
-            patches, scale = trainer(micro.tokens) if whole else trainer.module(micro.tokens)
-            tables.append(loss_of.similarity(patches, texts))
-    phi = tables[0] if whole else torch.cat(tables)
-    # What a variable holds, the next pass has not got: these are the largest tensors of a step.
-    del tables
-    if not whole:
+    if whole:
+        (micro,) = micro_batches
+        patches, scale, embedded = trainer(micro.tokens, micro.chosen, micro.texts)
+        texts = loss_of.gather(micro.texts if embedded is None else embedded, micro.text_ids)
+        phi = loss_of.similarity(patches, texts)
+    else:
+        patches, scale, texts, phi = without_graph(trainer, loss_of, micro_batches)
         phi.requires_grad_()
         scale.requires_grad_()
     loss = loss_of.from_similarity(phi, texts, scale, image_text_ids=image_text_ids)
     result = StepResult(float(loss.detach()), float(scale.detach()), False, None)
     if measure:
-        result.attention_entropy = attention_entropy(
-            patches.detach(), micro_batches[-1].texts, loss_of.config.attention_scale
-        )
+        own = texts.vectors_ND.detach()[texts.own][-len(patches) :]
+        result.attention_entropy = attention_entropy(patches.detach(), own, loss_of.config.attention_scale)
+    # What a variable holds, the next pass has not got: these are the largest tensors of a step.
     del patches
     if not math.isfinite(result.loss):
         return result
@@ -108,6 +119,26 @@ def train_step(trainer: Any, loss_of: PACLLoss, micro_batches: list[MicroBatch],
     return result
 
 
+@torch.no_grad()
+def without_graph(
+    trainer: Any, loss_of: PACLLoss, micro_batches: list[MicroBatch]
+) -> tuple[Tensor, Tensor, GlobalTexts, Tensor]:
+    """Patches of the last micro-batch, logit scale, everybody's texts, and this rank's rows of similarities."""
+    vectors, ids = own_texts(micro_batches)
+    embedded = trainer.module.embed_texts(vectors)
+    texts = loss_of.gather(vectors if embedded is None else embedded, ids)
+    tables = []
+    for micro in micro_batches:
+        patches, scale, _ = trainer.module(micro.tokens, micro.chosen)
+        tables.append(loss_of.similarity(patches, texts))
+    return patches, scale, texts, torch.cat(tables)
+
+
+def own_texts(micro_batches: list[MicroBatch]) -> tuple[Tensor, Tensor]:
+    """Vectors and ids of all texts of this rank."""
+    return torch.cat([micro.texts for micro in micro_batches]), torch.cat([micro.text_ids for micro in micro_batches])
+
+
 def carry_back(
     trainer: Any,
     loss_of: PACLLoss,
@@ -117,15 +148,45 @@ def carry_back(
     scale_grad: Tensor,
 ) -> None:
     """Embed each micro-batch again, with a graph, and carry its rows of the gradient through it."""
-    for micro, share in zip(micro_batches, phi_grad.split([len(m.tokens) for m in micro_batches]), strict=True):
-        patches, micro_scale = trainer(micro.tokens)
+    waiting = TextGradient(texts) if trainer.module.text_embedder is not None else None
+    last = len(micro_batches) - 1
+    shares = phi_grad.split([len(micro.tokens) for micro in micro_batches])
+    for number, (micro, share) in enumerate(zip(micro_batches, shares, strict=True)):
+        vectors, ids = own_texts(micro_batches if number == last else [micro])
+        patches, micro_scale, embedded = trainer(micro.tokens, micro.chosen, vectors if waiting else None)
         # Every micro-batch sees the same scale, so its gradient is carried in equal parts.
-        surrogate = (loss_of.similarity(patches, texts) * share).sum()
-        surrogate = surrogate + (micro_scale * scale_grad).sum() / len(micro_batches)
+        surrogate = (micro_scale * scale_grad).sum() / len(micro_batches)
+        seen = texts
+        if waiting and number == last:
+            seen = loss_of.gather(embedded, ids)
+            surrogate = surrogate + (seen.vectors_ND * waiting.so_far()).sum()
+        elif waiting:
+            # The engine expects a gradient of every weight from every micro-batch.
+            surrogate = surrogate + embedded.sum() * 0.0 + waiting.unit()
+        surrogate = surrogate + (loss_of.similarity(patches, seen) * share).sum()
         # DeepSpeed divides by the number of micro-batches; ours are parts of one sum.
         trainer.backward(surrogate * len(micro_batches))
         del patches, surrogate
         trainer.step()
+
+
+class TextGradient:
+    """Of trained texts: what all micro-batches but the last say, which the last one carries to the text embedder."""
+
+    def __init__(self, texts: GlobalTexts) -> None:
+        self._vectors_ND = texts.vectors_ND.requires_grad_()
+        self._unit = torch.zeros((), device=texts.vectors_ND.device, requires_grad=True)
+        self._passes = 0
+
+    def unit(self) -> Tensor:
+        """Zero, to be added to each micro-batch's sum: its gradient is the factor that the engine scales by."""
+        self._passes += 1
+        return self._unit
+
+    def so_far(self) -> Tensor:
+        """(N, D) gradient with respect to everybody's texts, of this rank's pictures; without the engine's factor."""
+        assert self._vectors_ND.grad is not None and self._unit.grad is not None
+        return self._vectors_ND.grad * (self._passes / self._unit.grad)
 
 
 def updated(trainer: Any) -> bool:

@@ -37,6 +37,7 @@ from pacl_scale.optim import OptimConfig, learning_rate
 from pacl_scale.recorders import Profile, RecordConfig, Recorders
 from pacl_scale.signals import StopRequest
 from pacl_scale.step import encode, gradient_norm, train_step
+from pacl_scale.unfreeze import UnfreezeConfig, build_text_embedder
 from pacl_scale.validate import ValidateConfig, Validation
 
 MODULE = "pacl_scale.train"
@@ -93,6 +94,9 @@ class TrainConfig:
 
     embedder: EmbedderConfig = field(default_factory=EmbedderConfig)
     """Trainable vision embedder."""
+
+    unfreeze: UnfreezeConfig = field(default_factory=UnfreezeConfig)
+    """What else is trained."""
 
     loss: LossConfig = field(default_factory=LossConfig)
     """Compatibility function and InfoNCE."""
@@ -160,7 +164,7 @@ def train(settings: TrainConfig, world: World, stop: StopRequest | None = None) 
         peak_s = peak_seconds_of_a_pair(settings, frozen, stream, world, accumulation)
 
         torch.manual_seed(settings.seed)
-        model = PACLModel(build_embedder(settings.embedder, *frozen.widths), settings.loss).to(world.device)
+        model = model_of(settings, frozen).to(world.device)
         micro_batch_size = settings.global_batch_size // world.size // accumulation
         trainer = engine.start(settings.engine, settings.optim, model, world, micro_batch_size, accumulation)
         loss_of = PACLLoss(settings.loss)
@@ -255,11 +259,19 @@ def train(settings: TrainConfig, world: World, stop: StopRequest | None = None) 
     return True
 
 
+def model_of(settings: TrainConfig, frozen: Frozen) -> PACLModel:
+    """Everything that is trained, as it is at the start."""
+    unfreeze = settings.unfreeze
+    embedder = build_embedder(settings.embedder, *frozen.widths)
+    texts = build_text_embedder(unfreeze, frozen.widths[1])
+    return PACLModel(embedder, settings.loss, frozen.tail, texts, unfreeze.tower_lr_share)
+
+
 def validation_of(settings: TrainConfig, frozen: Frozen, run: Path, world: World, begun: int) -> Validation:
     """The small evaluation of a run; of the main rank."""
     towers = {"vision": settings.vision, "text": settings.text}
     folder, dtype = checkpoint_folder(settings), settings.engine.dtype
-    held = (frozen.vision, frozen.text)
+    held = (frozen.look, frozen.text, settings.unfreeze)
     return Validation(settings.validate, towers, *held, run, folder, world.device, dtype, begun)
 
 

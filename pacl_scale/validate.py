@@ -7,7 +7,7 @@ says which step was best.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from pacl_scale.evaluate.rows import write_row
 from pacl_scale.evaluate.segmentation import evaluate_segmentation
 from pacl_scale.loss import LossConfig
 from pacl_scale.metrics import MetricsFile
-from pacl_scale.model import build_embedder
+from pacl_scale.model import EMBEDDER, build_embedder
+from pacl_scale.unfreeze import UnfreezeConfig, named, trained_towers
 
 logger = log.get_logger("pacl_scale.validate")
 
@@ -85,7 +86,8 @@ class Validation:
     Args:
         config: what and how often.
         towers: configurations ``vision`` and ``text`` of the run, for those that training itself does not hold.
-        vision, text: the frozen encoders that training holds, if any.
+        vision, text: the encoders that training holds, if any.
+        unfreeze: what of them is trained.
         run: the run directory.
         folder: where checkpoints lie.
         device, dtype: where and in which type towers compute.
@@ -101,13 +103,14 @@ class Validation:
         towers: dict[str, Any],
         vision: VisionEncoder | None,
         text: TextEncoder | None,
+        unfreeze: UnfreezeConfig,
         run: Path,
         folder: str,
         device: torch.device,
         dtype: torch.dtype,
         begun: int,
     ) -> None:
-        self.config, self._run, self._folder = config, run, folder
+        self.config, self._unfreeze, self._run, self._folder = config, unfreeze, run, folder
         self._lines = MetricsFile(run / "validation.jsonl", begun)
         self._annotated = open_annotated(config.segmentation) if config.segmentation else None
         self._captioned = open_captioned(config.retrieval) if config.retrieval else None
@@ -131,24 +134,26 @@ class Validation:
         # Building an embedder draws weights; training's random numbers go on as if nothing had been built.
         with torch.random.fork_rng(devices=[]):
             embedder = build_embedder(model, *widths)
-        prefix = "embedder."
-        embedder.load_state_dict({n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)})
-        embedder.requires_grad_(False).eval().to(self._towers.device)
+            held = self._towers
+            vision, text = trained_towers(self._unfreeze, held.vision, held.text, weights, str(self._run), held.device)
+        towers = replace(held, vision=vision, text=text)
+        embedder.load_state_dict(named(weights, EMBEDDER))
+        embedder.requires_grad_(False).eval().to(towers.device)
         method = Method(PACL, embedder, loss.attention_scale, loss.pooling, {"step": step, "path": str(self._run)})
         output = str(self._run / "evals" / f"{step:08d}")
         figures: dict[str, float] = {}
         size = self.config.batch_size
         if self._annotated:
             (row,) = evaluate_segmentation(
-                "validation", self._annotated, self._towers, [method], self.config.protocol, size, controls=()
+                "validation", self._annotated, towers, [method], self.config.protocol, size, controls=()
             )
             write_row(output, row)
             if self.config.examples:
                 examples = self.config.examples
-                write_examples(output, [row], self._annotated, self._towers, [method], self.config.protocol, examples)
+                write_examples(output, [row], self._annotated, towers, [method], self.config.protocol, examples)
             figures["miou"] = row.scores["miou"]
         if self._captioned:
-            (row,) = evaluate_retrieval("validation_captions", self._captioned, self._towers, [method], size)
+            (row,) = evaluate_retrieval("validation_captions", self._captioned, towers, [method], size)
             write_row(output, row)
             for way in ("image_to_text", "text_to_image"):
                 figures |= {f"{way}_{name}": value for name, value in row.scores[way].items()}

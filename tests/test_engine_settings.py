@@ -1,15 +1,12 @@
 """fp16 with loss scaling, offload to the CPU, sharded and compiled towers: other ways to the same numbers."""
 
-import os
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
-from training import curve, settings_for
+from training import curve, float16_on_cpu, settings_for
 
 from pacl_scale import checkpoint, engine, metrics
 from pacl_scale.distributed import World
@@ -21,21 +18,12 @@ from pacl_scale.train import TrainConfig, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.weights]
 
-HALF_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
 
 def train_all(world: World, runs: list[TrainConfig]) -> None:
-    """Train; a CPU computes in float16, if slowly, though DeepSpeed says that it does not."""
+    """Train; a run called "resumed" is stopped at once and goes on."""
     stop_at_once = StopRequest()
     stop_at_once.name = "SIGUSR1"
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    from deepspeed.accelerator import get_accelerator
-
-    cpu: Any = type(get_accelerator())
-    with (
-        mock.patch.object(cpu, "is_fp16_supported", lambda self: True),
-        mock.patch.object(cpu, "supported_dtypes", lambda self: HALF_DTYPES),
-    ):
+    with float16_on_cpu():
         for settings in runs:
             if not train(settings, world, stop_at_once if settings.run.endswith("resumed") else None):
                 assert train(settings, world)

@@ -13,7 +13,7 @@ from pacl_scale.engine import EngineConfig
 from pacl_scale.errors import UserError
 from pacl_scale.plan import command, main, work
 from pacl_scale.plan.command import PlanConfig, make_plan
-from pacl_scale.plan.counters import counted_steps
+from pacl_scale.plan.counters import counted_steps, tower_for
 from pacl_scale.plan.estimate import Assumptions
 from pacl_scale.plan.gpus import GPUS, gpu_named, gpu_of_device
 from pacl_scale.plan.work import Shapes
@@ -27,11 +27,15 @@ def cells(world: int) -> list[tuple[Shapes, EngineConfig]]:
     large = {"global_batch": PICTURES, "world": world, "patches": 49, "width_in": 96, "hidden": 64, "width": 64}
     small = {"global_batch": 64, "world": world, "patches": 4, "width_in": 400, "hidden": 350, "width": 350}
     table = {"global_batch": 1024, "world": world, "patches": 8, "width_in": 32, "hidden": 32, "width": 32}
+    unfrozen = {"tail": work.vision_tail(tower_for(96)), "text_hidden": 48}
+    tail = {"global_batch": 64, "world": world, "patches": 16, "width_in": 96, "hidden": 64, "width": 64, **unfrozen}
     return [
         (Shapes(**large, accumulation=1), EngineConfig(1, "bf16")),
         (Shapes(**large, accumulation=4, pooling="mean"), EngineConfig(2, "fp32")),
         (Shapes(**table, accumulation=1), EngineConfig(0, "fp32")),
         (Shapes(**small, accumulation=2, learn_temperature=False), EngineConfig(1, "bf16")),
+        (Shapes(**tail, accumulation=1), EngineConfig(1, "bf16")),
+        (Shapes(**tail, accumulation=2), EngineConfig(2, "fp32")),
         (Shapes(**small, accumulation=2), EngineConfig(3, "bf16")),
     ]
 

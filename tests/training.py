@@ -1,10 +1,13 @@
 """Small training runs for tests: made-up patch tokens, a recipe, and the curve that it gives."""
 
 import json
+import os
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -57,6 +60,21 @@ def made_up_vector(text: str) -> torch.Tensor:
     """A text's vector, the sum of its words' random ones."""
     seeds = [zlib.crc32(word.encode()) for word in text.split()]
     return sum((torch.randn(VECTORS.width, generator=torch.Generator().manual_seed(s)) for s in seeds), torch.zeros(1))
+
+
+@contextmanager
+def float16_on_cpu() -> Iterator[None]:
+    """A CPU computes in float16, if slowly, though DeepSpeed says that it does not."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from deepspeed.accelerator import get_accelerator
+
+    cpu: Any = type(get_accelerator())
+    types = [torch.float32, torch.bfloat16, torch.float16]
+    with (
+        mock.patch.object(cpu, "is_fp16_supported", lambda self: True),
+        mock.patch.object(cpu, "supported_dtypes", lambda self: types),
+    ):
+        yield
 
 
 def settings_for(features: str, run: Path | str, **changes: Any) -> TrainConfig:

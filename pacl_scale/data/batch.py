@@ -63,23 +63,16 @@ class PairBatch:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def sampled(self, tokens_BTD: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Of the encoder's tokens of the pictures ``rows``, those that take part in this step.
-
-        Args:
-            tokens_BTD: (rows, T, D), any type and device.
-            rows: which pictures of the batch they belong to.
+    def chosen(self, tokens: int, rows: slice = slice(None)) -> Tensor | None:
+        """Which of an encoder's ``tokens`` patches of the pictures ``rows`` take part in this step.
 
         Returns:
-            (rows, n, D) with n = ``patch_sample``, in the order of the patches; ``tokens_BTD`` itself where all take
-            part.
+            (rows, n) int64, ascending, with n = ``patch_sample``; None where all take part.
         """
-        count, tokens = self.patch_sample, tokens_BTD.shape[1]
-        if not 0 < count < tokens:
-            return tokens_BTD
-        ids = np.stack([draw_patches(tokens, count, seed) for seed in self.patch_seeds[rows]])
-        ids_BN1 = torch.from_numpy(ids).to(tokens_BTD.device)[:, :, None]
-        return torch.take_along_dim(tokens_BTD, ids_BN1, dim=1)
+        if not 0 < self.patch_sample < tokens:
+            return None
+        ids = [draw_patches(tokens, self.patch_sample, seed) for seed in self.patch_seeds[rows]]
+        return torch.from_numpy(np.stack(ids))
 
 
 def draw_patches(tokens: int, count: int, seed: int) -> np.ndarray:

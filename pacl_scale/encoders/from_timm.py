@@ -21,10 +21,13 @@ from pacl_scale.encoders.weights import RANDOM, freeze, hash_of, load_strictly, 
 from pacl_scale.errors import UserError
 
 
-def build_timm_vision(config: VisionConfig, device: torch.device, dtype: torch.dtype) -> VisionEncoder:
+def build_timm_vision(
+    config: VisionConfig, device: torch.device, dtype: torch.dtype, trainable_blocks: int = 0
+) -> VisionEncoder:
     """The timm tower that ``config`` names; see :func:`pacl_scale.encoders.build_vision`."""
     model = _create(config)
-    return encoder_of_timm_model(model, config, preprocess_for(config, _native_preprocess(model)), device, dtype)
+    preprocess = preprocess_for(config, _native_preprocess(model))
+    return encoder_of_timm_model(model, config, preprocess, device, dtype, trainable_blocks)
 
 
 def encoder_of_timm_model(
@@ -33,12 +36,13 @@ def encoder_of_timm_model(
     preprocess: Preprocess,
     device: torch.device,
     dtype: torch.dtype,
+    trainable_blocks: int = 0,
     antialias_positions: bool = True,
 ) -> VisionEncoder:
     """A loaded timm model as a vision encoder; positions are interpolated as timm does it, or without a filter.
 
     Raises:
-        UserError: ``config.layer`` is not one of its blocks.
+        UserError: ``config.layer`` is not one of its blocks, or some are to be trained of a model that is not plain.
     """
     fingerprint = fingerprint_of(config, preprocess, hash_of(model))
     depth = len(model.blocks)  # type: ignore[arg-type]
@@ -47,7 +51,9 @@ def encoder_of_timm_model(
     if type(model) is VisionTransformer and type(model.patch_embed.proj) is nn.Conv2d:
         parts = parts_of(model, config.layer, config.final_norm)
         parts.antialias_positions = antialias_positions
-        return FrozenViT(parts, preprocess, fingerprint, device, dtype)
+        return FrozenViT(parts, preprocess, fingerprint, device, dtype, trainable_blocks)
+    if trainable_blocks:
+        raise UserError(f"{config.model} is no plain vision transformer: its blocks cannot be trained")
     return TimmEncoder(model, config.layer, config.final_norm, preprocess, fingerprint, device, dtype)
 
 

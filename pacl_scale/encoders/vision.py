@@ -115,26 +115,28 @@ class VisionConfig:
 
 
 def build_vision(
-    config: VisionConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    config: VisionConfig,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    trainable_blocks: int = 0,
 ) -> VisionEncoder:
     """The frozen tower that ``config`` describes, on ``device``, computing in ``dtype``.
 
+    With ``trainable_blocks`` it is a :class:`~pacl_scale.encoders.vit.FrozenViT` whose last blocks are its tail.
+
     Raises:
-        UserError: no such model, tag or file; a missing package; a checkpoint of another architecture.
+        UserError: no such model, tag or file; a missing package; a checkpoint of another architecture; a tower that
+            is no plain transformer, or has too few blocks, where some are to be trained.
     """
     device = torch.device(device)
     # Each library takes seconds to import, so only the one that is asked for is.
     if config.source == "open_clip":
-        from pacl_scale.encoders.from_open_clip import build_open_clip_vision
-
-        return build_open_clip_vision(config, device, dtype)
-    if config.source == "timm":
-        from pacl_scale.encoders.from_timm import build_timm_vision
-
-        return build_timm_vision(config, device, dtype)
-    from pacl_scale.encoders.from_package import build_package_vision
-
-    return build_package_vision(config, device, dtype)
+        from pacl_scale.encoders.from_open_clip import build_open_clip_vision as build
+    elif config.source == "timm":
+        from pacl_scale.encoders.from_timm import build_timm_vision as build
+    else:
+        from pacl_scale.encoders.from_package import build_package_vision as build
+    return build(config, device, dtype, trainable_blocks)
 
 
 def preprocess_for(config: VisionConfig, native: Preprocess) -> Preprocess:

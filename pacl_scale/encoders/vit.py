@@ -3,8 +3,9 @@
 B pictures, T patches on a grid of h x w, P prefix tokens (class, registers), D channels.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from pacl_scale.encoders.cpu_block import PICTURES_PER_PASS, CpuBlock, is_plain
+from pacl_scale.encoders.tail import VisionTail
 from pacl_scale.encoders.vision import PatchTokens, Preprocess
-from pacl_scale.encoders.weights import freeze
+from pacl_scale.encoders.weights import freeze, load_strictly
+from pacl_scale.errors import UserError
 
 
 @dataclass
@@ -47,7 +50,10 @@ class ViTParts:
 
 
 class FrozenViT:
-    """A :class:`~pacl_scale.encoders.vision.VisionEncoder` from the parts of a vision transformer."""
+    """A :class:`~pacl_scale.encoders.vision.VisionEncoder` from the parts of a vision transformer.
+
+    The last ``trainable_blocks`` and the norm after them are its ``tail``, a module in float32 that is not frozen.
+    """
 
     def __init__(
         self,
@@ -56,7 +62,11 @@ class FrozenViT:
         fingerprint: dict[str, Any],
         device: torch.device,
         dtype: torch.dtype,
+        trainable_blocks: int = 0,
     ) -> None:
+        depth = len(parts.blocks)
+        if trainable_blocks >= depth:
+            raise UserError(f"{trainable_blocks} blocks cannot be trained: at most {depth - 1} of its {depth} blocks")
         self.patch_size = parts.patch_conv.kernel_size[0]
         self.width = parts.patch_conv.out_channels if parts.projection_DE is None else parts.projection_DE.shape[1]
         self.preprocess = preprocess
@@ -64,12 +74,18 @@ class FrozenViT:
         self._fingerprint = fingerprint
         self._parts = parts
         self._pictures_per_pass: int | None = None
+        self.tail: VisionTail | None = None
+        if trainable_blocks:
+            last, parts.blocks = parts.blocks[depth - trainable_blocks :], parts.blocks[: depth - trainable_blocks]
+            projection_DE = None if parts.projection_DE is None else parts.projection_DE.detach()
+            prefix, width = parts.prefix_1PD.shape[1:]
+            self.tail = VisionTail(last, parts.norm, width, prefix, projection_DE).eval().to(device)
         if device.type == "cpu":
             self._pictures_per_pass = PICTURES_PER_PASS
-            if dtype == torch.bfloat16:
-                parts.blocks = [CpuBlock(block) if is_plain(block) else block for block in parts.blocks]
+        parts.blocks = [_packed(block, device, dtype) for block in parts.blocks]
         self._conv: Any = freeze(parts.patch_conv).to(device, dtype)
-        self._rest = freeze(nn.ModuleList([parts.patch_norm, parts.norm_pre, *parts.blocks, parts.norm]))
+        after = [] if self.tail else [parts.norm]
+        self._rest = freeze(nn.ModuleList([parts.patch_norm, parts.norm_pre, *parts.blocks, *after]))
         self._rest.to(device, dtype)
         self._prefix_1PD = parts.prefix_1PD.detach().to(device, dtype)
         self._projection_DE = None if parts.projection_DE is None else parts.projection_DE.detach().to(device, dtype)
@@ -80,27 +96,57 @@ class FrozenViT:
 
     def encode(self, images_BCHW: Tensor, stride: int | None = None) -> PatchTokens:
         """See :meth:`pacl_scale.encoders.vision.VisionEncoder.encode`."""
-        stride = self.patch_size if stride is None else stride
-        check_pictures(images_BCHW, self.patch_size, stride)
-        # no_grad, not inference_mode: autograd refuses to save inference tensors, and the trainable embedder has
-        # to save these tokens for its own backward pass.
-        with torch.no_grad():
-            passes = images_BCHW.split(self._pictures_per_pass or max(1, len(images_BCHW)))
-            results = [self._forward(part.to(self.device, self.dtype), stride) for part in passes]
-            if len(results) == 1:
-                return results[0]
-            return PatchTokens(torch.cat([tokens_BTD for tokens_BTD, _ in results]), results[0].grid)
+        assert self.tail is None, "what a trainable tail puts out is training's to compute"
+        return self._in_passes(images_BCHW, stride, self._finish)
+
+    def encode_up_to_tail(self, images_BCHW: Tensor) -> Tensor:
+        """What enters the tail, (B, P + T, D), detached."""
+        return self._in_passes(images_BCHW, None, lambda x_BTD: x_BTD).tokens
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        """See :attr:`pacl_scale.encoders.vision.VisionEncoder.blocks`."""
+        """See :attr:`pacl_scale.encoders.vision.VisionEncoder.blocks`; a tail is not frozen, and not among them."""
         return self._parts.blocks
+
+    def with_spare_tail(self) -> "FrozenViT":
+        """This tower with a copy of the tail, for :meth:`with_trained_tail` while an engine owns the tail itself."""
+        spare = copy.copy(self)
+        spare.tail = copy.deepcopy(self.tail)
+        return spare
+
+    def with_trained_tail(self, weights: Mapping[str, Tensor], origin: str) -> "FrozenViT":
+        """This tower, frozen, with its tail's weights as they were trained. The tail itself stays as it is.
+
+        Raises:
+            UserError: the weights of ``origin`` are those of another architecture.
+        """
+        tail = copy.deepcopy(self.tail)
+        assert tail is not None
+        load_strictly(tail, weights, origin)
+        tower = copy.copy(self)
+        blocks = [_packed(block, self.device, self.dtype) for block in tail.blocks]
+        freeze(nn.ModuleList([*blocks, tail.norm])).to(self.device, self.dtype)
+        tower._parts = replace(self._parts, blocks=[*self._parts.blocks, *blocks], norm=tail.norm)
+        tower.norm, tower.tail = tail.norm, None
+        return tower
 
     def fingerprint(self) -> dict[str, Any]:
         """See :meth:`pacl_scale.encoders.vision.VisionEncoder.fingerprint`."""
         return dict(self._fingerprint)
 
-    def _forward(self, images_BCHW: Tensor, stride: int) -> PatchTokens:
+    def _in_passes(self, images_BCHW: Tensor, stride: int | None, finish: Callable[[Tensor], Tensor]) -> PatchTokens:
+        stride = self.patch_size if stride is None else stride
+        check_pictures(images_BCHW, self.patch_size, stride)
+        # no_grad, not inference_mode: autograd refuses to save inference tensors, and what is trained above has to
+        # save these tokens for its own backward pass.
+        with torch.no_grad():
+            passes = images_BCHW.split(self._pictures_per_pass or max(1, len(images_BCHW)))
+            results = [self._forward(part.to(self.device, self.dtype), stride) for part in passes]
+            finished = [finish(x_BTD) for x_BTD, _ in results]
+            return PatchTokens(finished[0] if len(finished) == 1 else torch.cat(finished), results[0][1])
+
+    def _forward(self, images_BCHW: Tensor, stride: int) -> tuple[Tensor, tuple[int, int]]:
+        """What the last frozen block puts out, prefix tokens first, and the grid of patches."""
         patches_BDhw = F.conv2d(images_BCHW, self._conv.weight, self._conv.bias, stride=stride)
         grid = (patches_BDhw.shape[2], patches_BDhw.shape[3])
         x_BTD = self._parts.patch_norm(patches_BDhw.flatten(2).transpose(1, 2))
@@ -110,10 +156,11 @@ class FrozenViT:
         x_BTD = self._parts.norm_pre(x_BTD)
         for block in self._parts.blocks:
             x_BTD = block(x_BTD)
+        return x_BTD, grid
+
+    def _finish(self, x_BTD: Tensor) -> Tensor:
         tokens_BTD = self._parts.norm(x_BTD[:, self._prefix_1PD.shape[1] :])
-        if self._projection_DE is not None:
-            tokens_BTD = tokens_BTD @ self._projection_DE
-        return PatchTokens(tokens_BTD, grid)
+        return tokens_BTD if self._projection_DE is None else tokens_BTD @ self._projection_DE
 
     def _positions_on(self, grid: tuple[int, int]) -> Tensor:
         """Positions interpolated to ``grid`` in float32 by a bicubic filter, as timm and open_clip do it."""
@@ -129,6 +176,11 @@ class FrozenViT:
             # Pictures come in few sizes, except in evaluation at their own: keep only the latest.
             self._positions = {grid: positions_1TD.to(self.device, self.dtype)}
         return self._positions[grid]
+
+
+def _packed(block: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """``block`` as it computes fastest there."""
+    return CpuBlock(block) if device.type == "cpu" and dtype == torch.bfloat16 and is_plain(block) else block
 
 
 def check_pictures(images_BCHW: Tensor, patch_size: int, stride: int) -> None:

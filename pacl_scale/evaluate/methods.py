@@ -21,6 +21,7 @@ from pacl_scale.encoders.readouts import Readout, Readouts
 from pacl_scale.errors import UserError
 from pacl_scale.model import LoadedModel, build_embedder, load_model
 from pacl_scale.similarity import Pooling, patch_text_similarity
+from pacl_scale.unfreeze import trained_towers
 
 PACL = "pacl"
 """Name of the method that `--checkpoint` sets."""
@@ -134,10 +135,15 @@ def choose_device(name: str) -> torch.device:
 
 
 def build_towers(model: LoadedModel, device: torch.device, dtype: torch.dtype) -> Towers:
-    """The frozen encoders that a checkpoint was trained on."""
-    vision = build_vision(VisionConfig(**model.config["vision"]), device, dtype)
+    """The encoders that a checkpoint was trained on, with what it trained of them."""
+    unfreeze = model.unfreeze
+    tail = (unfreeze.vision_blocks,) if unfreeze.vision_blocks else ()
+    vision = build_vision(VisionConfig(**model.config["vision"]), device, dtype, *tail)
     text = build_text(TextEncoderConfig(**model.config["text"]), device, dtype)
+    vision, text = trained_towers(unfreeze, vision, text, model.weights, model.path, device)
     config = {section: model.config[section] for section in TOWER_SECTIONS}
+    if unfreeze.any:
+        config["unfreeze"] = model.config["unfreeze"]
     return Towers(vision, text, device, config | {"precision": str(dtype).removeprefix("torch.")})
 
 
@@ -157,6 +163,9 @@ def _load(
                     f"{checkpoints[name]} was trained on another {section} tower than {checkpoints[first_name]}; "
                     "evaluate them one by one"
                 )
+    for name, model in loaded.items():
+        if len(loaded) > 1 and model.unfreeze.any:
+            raise UserError(f"{checkpoints[name]} trained parts of its towers; evaluate it by itself")
     towers = build_towers(first, device, dtype)
     main, *others = [_trained(name, model, towers) for name, model in loaded.items()]
     controls = [] if untrained_seed is None else [_untrained(main, first, towers, untrained_seed)]
@@ -183,6 +192,10 @@ def _beside(main: Method, model: LoadedModel, towers: Towers, names: Sequence[st
         VALUE_PATH: [values],
     }
     if set(names) & {CLIP, MASKCLIP}:
+        if model.unfreeze.any:
+            raise UserError(
+                "controls clip and maskclip need towers as they came; this checkpoint trained parts of them"
+            )
         _check_shared_space(model)
     wanted = list(dict.fromkeys(["tokens", *(reading for name in names for reading in readings[name])]))
     vision = Readouts(towers.vision, wanted)

@@ -23,7 +23,7 @@ from pacl_scale.plan import memory, wire
 from pacl_scale.plan.estimate import GIB, Assumptions, Estimate, Problem, as_dict, estimate, scaling
 from pacl_scale.plan.gpus import Gpu, gpu_named
 from pacl_scale.plan.memory import Settings
-from pacl_scale.plan.work import Shapes, text_tower, vision_tower
+from pacl_scale.plan.work import Shapes, text_tower, vision_tail, vision_tower
 from pacl_scale.train import TrainConfig, accumulation_of
 
 PROG = "python -m pacl_scale.plan"
@@ -224,11 +224,16 @@ def problem_of(settings: PlanConfig, data: DataFacts, world: int, accumulation: 
         chosen = settings.text
         encoder = build_text(replace(chosen, weights=RANDOM) if chosen.source != "package" else chosen)
         text = text_tower(encoder, settings.text_tokens)
-    vision = None
+    vision = tail = None
+    if data.tokens and settings.unfreeze.vision_blocks:
+        raise UserError("unfreeze.vision_blocks needs pictures, but the data set holds tokens of the whole tower")
     if not data.tokens:
         picture = settings.vision
-        tower = build_vision(replace(picture, weights=RANDOM) if picture.source != "package" else picture)
-        vision = vision_tower(tower)
+        tower = build_vision(
+            replace(picture, weights=RANDOM) if picture.source != "package" else picture,
+            trainable_blocks=settings.unfreeze.vision_blocks,
+        )
+        vision, tail = vision_tower(tower), vision_tail(tower)
         if vision is None:
             raise UserError("the blocks of this vision tower cannot be counted; plan with engine.precision=fp32")
     patches = vision.tokens if vision else data.tokens.tokens if data.tokens else 0
@@ -243,6 +248,8 @@ def problem_of(settings: PlanConfig, data: DataFacts, world: int, accumulation: 
         width=width,
         pooling=settings.loss.pooling,
         learn_temperature=settings.loss.learn_temperature,
+        tail=tail,
+        text_hidden=settings.unfreeze.hidden(width),
     )
     return Problem(
         shapes=shapes,

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
+import timm
 import torch
 from torch import Tensor, distributed
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +17,9 @@ from torch.utils._pytree import tree_map_only
 from pacl_scale import engine, health, step
 from pacl_scale.distributed import World
 from pacl_scale.embedder import EmbedderConfig
+from pacl_scale.encoders import Preprocess
+from pacl_scale.encoders.from_timm import parts_of
+from pacl_scale.encoders.vit import FrozenViT
 from pacl_scale.engine import EngineConfig
 from pacl_scale.loss import LossConfig, PACLLoss
 from pacl_scale.model import PACLModel, build_embedder
@@ -23,6 +27,7 @@ from pacl_scale.optim import OptimConfig
 from pacl_scale.plan import memory, wire, work
 from pacl_scale.plan.memory import Settings
 from pacl_scale.plan.work import Shapes
+from pacl_scale.unfreeze import TextEmbedder
 
 COLLECTIVES = (
     "all_gather_into_tensor",
@@ -110,18 +115,24 @@ def counted_steps(world: World, cells: list[tuple[Shapes, EngineConfig]]) -> lis
 
 
 def _counted_step(world: World, shapes: Shapes, settings: EngineConfig, sent: Counter[str]) -> dict[str, Any]:
+    tower = tower_for(shapes.width_in) if shapes.tail else None
     loss = LossConfig(pooling=shapes.pooling, learn_temperature=shapes.learn_temperature)  # type: ignore[arg-type]
-    model = PACLModel(build_embedder(EmbedderConfig(shapes.hidden), shapes.width_in, shapes.width), loss)
+    embedder = build_embedder(EmbedderConfig(shapes.hidden), shapes.width_in, shapes.width)
+    texts = TextEmbedder(shapes.width, shapes.text_hidden) if shapes.text_hidden else None
+    model = PACLModel(embedder, loss, tower.tail if tower else None, texts, 0.1)
     trainer = engine.start(settings, OptimConfig(), model, world, shapes.micro, shapes.accumulation)
     loss_of = PACLLoss(loss)
     ids = torch.arange(shapes.micro)
     random = torch.Generator().manual_seed(world.rank)
+    tokens = shapes.tail.tokens if shapes.tail else shapes.patches
+    chosen = torch.arange(shapes.patches).expand(shapes.micro, -1) if shapes.tail else None
     batches = [
         step.MicroBatch(
-            torch.randn(shapes.micro, shapes.patches, shapes.width_in, generator=random).to(settings.dtype),
+            torch.randn(shapes.micro, tokens, shapes.width_in, generator=random).to(settings.dtype),
             torch.randn(shapes.micro, shapes.width, generator=random),
             ids,
             ids.unsqueeze(1),
+            chosen,
         )
         for _ in range(shapes.accumulation)
     ]
@@ -148,12 +159,21 @@ def _counted_step(world: World, shapes: Shapes, settings: EngineConfig, sent: Co
     phases = memory.phase_bytes(shapes, planned, None)
     wanted: dict[str, Any] = dict(said) | {
         "peak": max(phases.values()),
-        "flops": work.embedder_flops(shapes) + work.similarity_flops(shapes),
+        "flops": sum(work.step_flops(shapes, None, None).values()),
     }
     if settings.zero_stage == 3:
         # What stage 3 holds for a while is its own affair: it is not planned for.
         del found["peak"], wanted["peak"]
     return {"counted": found, "planned": wanted}
+
+
+def tower_for(width: int) -> FrozenViT:
+    """A small vision tower of tokens of ``width`` channels whose last block is trained."""
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"img_size": 112, "embed_dim": width, "num_heads": 2, "depth": 2}
+    model: Any = timm.create_model("vit_tiny_patch16_224", num_classes=0, **settings)
+    size = Preprocess(image_size=112, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    return FrozenViT(parts_of(model, -1, True), size, {}, torch.device("cpu"), torch.float32, trainable_blocks=1)
 
 
 def largest_error(found: list[dict[str, Any]]) -> float:

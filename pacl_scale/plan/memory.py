@@ -46,9 +46,14 @@ def lasting_bytes(shapes: Shapes, settings: Settings, vision: Tower | None, text
         "text tower": text.parameters * held if text else 0,
         "embedder": held * (sharded if settings.zero_stage == 3 else numbers),
         "optimizer": 0 if settings.offload_optimizer else optimizer,
-        "patch tokens": shapes.share * shapes.patches * shapes.width_in * held,
+        "patch tokens": shapes.share * _entering(shapes) * held,
         "text vectors": shapes.share * shapes.width * EXACT + shapes.share * 2 * 8,
     }
+
+
+def _entering(shapes: Shapes) -> int:
+    """Frozen numbers of a picture that what is trained begins with."""
+    return shapes.tail.tokens * shapes.tail.width if shapes.tail else shapes.patches * shapes.width_in
 
 
 def phase_bytes(shapes: Shapes, settings: Settings, vision: Tower | None) -> dict[str, int]:
@@ -63,17 +68,24 @@ def phase_bytes(shapes: Shapes, settings: Settings, vision: Tower | None) -> dic
     kept_tables = 0 if shapes.accumulation == 1 else share * table
     numbers = shapes.trainable
     sharded = -(-numbers // shapes.world)
+    # What the gradient of trained blocks waits for, and the chosen ones of the tokens that they put out.
+    blocks = micro * (shapes.tail.kept + shapes.patches * shapes.width_in) * held if shapes.tail else 0
     phases = {
-        "embedder": texts + hidden + 3 * embedded + kept_tables,
-        "similarity": texts + hidden + 2 * embedded + _tables(shapes, kept_tables) + _tiles(shapes, settings),
-        "gradients": texts + kept_tables + hidden + _gradients(shapes, settings, embedded),
-        "loss": texts + _in_loss(shapes, hidden + embedded + N * D * held) + _row_blocks(shapes, settings),
+        "embedder": texts + blocks + hidden + 3 * embedded + kept_tables,
+        "similarity": texts + blocks + hidden + 2 * embedded + _tables(shapes, kept_tables) + _tiles(shapes, settings),
+        "gradients": texts + blocks + kept_tables + hidden + _gradients(shapes, settings, embedded),
+        "loss": texts + _in_loss(shapes, blocks + hidden + embedded + N * D * held) + _row_blocks(shapes, settings),
         # What ZeRO does not update here is let go of first.
         "update": texts
         + kept_tables
         + _update(shapes, settings)
         + held * (sharded if settings.zero_stage else numbers),
     }
+    if shapes.tail:
+        # Their gradient begins at the last MLP, whose hidden layer is four times as wide.
+        widest = 4 * shapes.tail.tokens * shapes.tail.width
+        weights = shapes.passes * numbers * held
+        phases["trained blocks"] = texts + kept_tables + weights + micro * (shapes.tail.kept + widest) * held
     if vision:
         pictures = micro if settings.on_gpu else min(micro, settings.pictures_per_pass)
         # The widest place of a block: its input, the norm of it, and the MLP's hidden layer before and after GELU.
@@ -127,7 +139,7 @@ def _tiles(shapes: Shapes, settings: Settings) -> int:
 
 def _update(shapes: Shapes, settings: Settings) -> int:
     """The gradient in float32, and AdamW's two temporaries of the same size."""
-    numbers = shapes.weights // (shapes.world if settings.zero_stage else 1)
+    numbers = max(shapes.groups) // (shapes.world if settings.zero_stage else 1)
     return 0 if settings.offload_optimizer else 3 * numbers * EXACT
 
 

@@ -41,24 +41,28 @@ def transfers(shapes: Shapes, settings: Settings) -> list[Transfer]:
 
 def _of_loss(shapes: Shapes) -> list[Transfer]:
     N = shapes.global_batch
-    return [
-        Transfer("all_gather", "texts", 8 * shapes.world + N * shapes.width * EXACT + N * 8),
+    # Trained texts are gathered again in the last micro-batch, which carries their gradient back.
+    times = shapes.passes if shapes.text_hidden else 1
+    found = [
+        Transfer("all_gather", "texts", 8 * shapes.world + N * shapes.width * EXACT + N * 8, times),
         Transfer("all_reduce", "columns", N * EXACT + 5 * N * EXACT + 2 * EXACT),
     ]
+    if shapes.text_hidden:
+        found.append(Transfer("reduce_scatter", "gradients of texts", N * shapes.width * EXACT))
+    return found
 
 
 def _of_engine(shapes: Shapes, settings: Settings) -> list[Transfer]:
     held, micro_batches = settings.number_bytes, shapes.accumulation
-    vectors = shapes.trainable - shapes.weights
     if settings.zero_stage == 3:
         return _of_zero_3(shapes, settings)
     # Stage 2 lets go of a micro-batch's gradients, so it reduces each; the others add them up first.
     reductions = micro_batches if settings.zero_stage == 2 else 1
     found = [Transfer("all_reduce", "gradients", shapes.trainable * held, reductions)]
     if settings.zero_stage:
-        # Norms of the two groups; in half precision, whether a number overflowed.
-        found.append(Transfer("all_reduce", "norms", 2 * EXACT + (held != EXACT)))
-        gathered = sum(_padded(numbers, 2 * shapes.world) for numbers in (shapes.weights, vectors))
+        # Norms of the groups; in half precision, whether a number overflowed.
+        found.append(Transfer("all_reduce", "norms", len(shapes.groups) * EXACT + (held != EXACT)))
+        gathered = sum(_padded(numbers, 2 * shapes.world) for numbers in shapes.groups)
         found.append(Transfer("all_gather", "weights", gathered * held))
     elif held == EXACT:
         found.append(Transfer("all_reduce", "norms", EXACT))
