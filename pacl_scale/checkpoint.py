@@ -87,7 +87,8 @@ def save(
     moments = {f"{part}/{name}": t for part in state if part != "master" for name, t in state[part].items()}
     contents = {MODEL: save_safetensors(state["master"]), OPTIMIZER: save_safetensors(moments)}
     _write(target, contents, {"step": step, **info})
-    for old in steps_in(folder)[:-keep_last]:
+    # Later steps than this one were passed over as damaged: they are not what a run could go on from.
+    for old in [one for one in steps_in(folder) if one <= step][:-keep_last]:
         if old == best or (keep_every and old % keep_every == 0):
             continue
         storage.remove(storage.join(folder, f"{old:08d}"))
@@ -126,11 +127,11 @@ class Writer:
         step: int,
         state: dict[str, dict[str, Tensor]],
         info: dict[str, Any],
-        then: Callable[[], None] | None = None,
+        note_best: Callable[[], None] | None = None,
     ) -> None:
-        """:func:`save` in a thread, when the write before is done, and ``then`` after it.
+        """:func:`save` in a thread, when the write before is done.
 
-        ``state`` is not to be changed any more.
+        ``state`` is not to be changed any more. ``note_best`` is called after it and makes this one the best.
         """
         try:
             self.wait()
@@ -140,12 +141,14 @@ class Writer:
                 raise
             log.error("a checkpoint was not written", why=str(error), in_a_row=self._lost)
         self._last = time.monotonic()
-        keep_last, keep_every, best = self.config.keep_last, self.config.keep_every, self.best
+        keep_last, keep_every = self.config.keep_last, self.config.keep_every
 
         def write() -> str:
-            url = storage.patiently(save, self.folder, step, state, info, keep_last, keep_every, best)
-            if then:
-                then()
+            # The best one stays until a better one is written.
+            url = storage.patiently(save, self.folder, step, state, info, keep_last, keep_every, self.best)
+            if note_best:
+                note_best()
+                self.best = step
             return url
 
         self._writing = self._thread.submit(write)
@@ -194,8 +197,16 @@ def steps_in(folder: str) -> list[int]:
 
 
 def newest(folder: str) -> str | None:
-    """URL of the newest checkpoint in ``folder`` that is whole; damaged ones are named and passed over."""
-    for step in reversed(steps_in(folder)):
+    """URL of the newest checkpoint in ``folder`` that is whole; damaged ones are named and passed over.
+
+    Returns:
+        None where nothing was ever saved.
+
+    Raises:
+        UserError: there are checkpoints, but none that can be used: to begin again would throw away what was learned.
+    """
+    steps, why = steps_in(folder), ""
+    for step in reversed(steps):
         candidate = storage.join(folder, f"{step:08d}")
         try:
             info = read_state(candidate)
@@ -206,7 +217,12 @@ def newest(folder: str) -> str | None:
             # It may be whole all the same.
             raise
         except UserError as error:
-            log.warning("checkpoint passed over", path=candidate, why=str(error))
+            why = str(error)
+            log.warning("checkpoint passed over", path=candidate, why=why)
+    if steps:
+        raise UserError(
+            f"none of the {len(steps)} checkpoints in {folder} can be used ({why}); remove them to begin again"
+        )
     return None
 
 

@@ -20,6 +20,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from pacl_scale import signals
 from pacl_scale.errors import UserError
 
 
@@ -134,6 +135,7 @@ def launch(config: DistributedConfig, module: str, argv: Sequence[str]) -> int:
     torch's elastic agent starts them and ends all of them when one fails. The status is that of the rank that
     failed by itself, so a user's mistake in a rank is still exit status 2.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -149,13 +151,18 @@ def launch(config: DistributedConfig, module: str, argv: Sequence[str]) -> int:
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
         monitor_interval=0.1,
+        # The agent would kill what has not ended half a minute after a SIGTERM: too soon for a large save.
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
     )
     try:
-        elastic_launch(launch_config, sys.executable)("-m", module, *argv)
+        with signals.passed_on():
+            elastic_launch(launch_config, sys.executable)("-m", module, *argv)
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
         # Ranks that the agent ended in turn come back as minus a signal; the guilty one has a status, if it is one.
         return next((code for code in codes if code > 0), 128 - min(codes))
+    except SignalException as error:
+        return 128 + error.sigval
     return 0
 
 

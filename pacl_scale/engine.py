@@ -7,8 +7,10 @@ stage, precision and world size can restore what any other wrote, and the file i
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -156,32 +158,46 @@ def overflowed(engine: Any, config: EngineConfig) -> bool:
     return config.precision == "fp16" and not engine.was_step_applied() and engine.optimizer.loss_scaler.cur_scale > 1
 
 
-def prepare_tower(config: EngineConfig, blocks: Sequence[nn.Module], world: World) -> None:
-    """Shard or compile the blocks of a frozen tower, in place, if ``config`` says so.
+def shard_of_towers(config: EngineConfig, world: World) -> Callable[[nn.Module], object] | None:
+    """What leaves this rank's part of a frozen block on its device, if ``config`` wants that; None for whole blocks.
 
-    Collective where it shards, and so is every later forward pass of a block: ranks pass equally many pictures.
+    Every later forward pass of such a block is collective: ranks pass equally many pictures.
+    """
+    if not config.shard_towers or world.size == 1:
+        return None
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    # A block lets go of the others' parts as soon as it is done: one whole block at a time is in memory.
+    return partial(fully_shard, mesh=mesh, reshard_after_forward=True)
+
+
+def compile_tower(config: EngineConfig, blocks: Sequence[nn.Module]) -> None:
+    """torch.compile the blocks of a frozen tower, in place, if ``config`` says so.
 
     Raises:
-        UserError: blocks that hold no parameters of their own, as those that are packed for bfloat16 on a CPU.
+        UserError: torch has no such backend.
     """
     if config.compile_towers:
+        known = torch.compiler.list_backends(exclude_tags=())
+        if config.compile_towers not in known:
+            raise UserError(f"engine.compile_towers: torch has no backend {config.compile_towers!r}, but {known}")
         for block in blocks:
             block.compile(backend=config.compile_towers)
-    if config.shard_towers and world.size > 1:
-        from torch.distributed.fsdp import fully_shard
-
-        if not all(any(True for _ in block.parameters()) for block in blocks):
-            raise UserError("engine.shard_towers cannot cut blocks packed for a CPU; use GPUs, or precision fp32")
-        mesh = init_device_mesh(world.device.type, (world.size,))
-        for block in blocks:
-            # A block lets go of the others' parts as soon as it is done: one whole block at a time is in memory.
-            fully_shard(block, mesh=mesh, reshard_after_forward=True)
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:
     """Set the learning rate of every parameter group for the next step, its share of ``lr``."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group["lr_share"]
+
+
+def set_collective_timeout(engine: Any, minutes: float) -> None:
+    """How long collectives may take from now on: torch's own, and DeepSpeed's, which has a group of the same ranks."""
+    torch.distributed.set_timeout(timedelta(minutes=minutes))
+    own = getattr(engine, "seq_data_parallel_group", None)
+    if own is not None:
+        torch.distributed.set_timeout(timedelta(minutes=minutes), own)
 
 
 def gather_state(engine: Any, config: EngineConfig) -> dict[str, dict[str, Tensor]]:

@@ -56,9 +56,11 @@ def frozen_towers(settings: "TrainConfig", stream: PairStream, world: World) -> 
             raise UserError("unfreeze.vision_blocks needs pictures, but the data set holds tokens of the whole tower")
         width_in, tokens_of = stream.width, stream.features.vision
     else:
-        vision = build_vision(settings.vision, world.device, settings.engine.dtype, settings.unfreeze.vision_blocks)
+        shard = engine.shard_of_towers(settings.engine, world)
+        place = (world.device, settings.engine.dtype, settings.unfreeze.vision_blocks, shard)
+        vision = build_vision(settings.vision, *place)
         cost = vision_tower(vision)
-        engine.prepare_tower(settings.engine, vision.blocks, world)
+        engine.compile_tower(settings.engine, vision.blocks)
         stream.prepare_pictures_for(vision.preprocess)
         width_in, tokens_of = vision.width, vision.fingerprint()
         look = vision

@@ -2,20 +2,21 @@
 
 import json
 import math
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch import distributed as dist
 
 from pacl_scale.distributed import World
-from pacl_scale.errors import RunFailed
+from pacl_scale.errors import RunFailed, UserError
 from pacl_scale.log import get_logger
 
 logger = get_logger("pacl_scale.health")
@@ -52,10 +53,11 @@ class BadSteps:
     Args:
         folder: where batches go, one file a rank and step.
         most_in_a_row: after so many the run ends.
+        count: of earlier attempts.
     """
 
-    def __init__(self, folder: Path, world: World, most_in_a_row: int) -> None:
-        self.count = 0
+    def __init__(self, folder: Path, world: World, most_in_a_row: int, count: int = 0) -> None:
+        self.count = count
         self._in_a_row = 0
         self._folder, self._world, self._most = folder, world, most_in_a_row
 
@@ -80,9 +82,13 @@ class BadSteps:
         sound = (torch.isfinite(tokens).flatten(1).all(1) & torch.isfinite(texts).all(1)).tolist()
         guilty = [key for key, fine in zip(keys, sound, strict=True) if not fine]
         path = self._folder / f"bad-step-{step:08d}-rank-{self._world.rank}.safetensors"
-        self._folder.mkdir(parents=True, exist_ok=True)
         tensors = {"tokens": tokens.detach().cpu().contiguous(), "texts": texts.detach().cpu().contiguous()}
-        save_file(tensors, path, {"keys": json.dumps(keys), "guilty": json.dumps(guilty), "loss": str(loss)})
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, path, {"keys": json.dumps(keys), "guilty": json.dumps(guilty), "loss": str(loss)})
+        except (OSError, SafetensorError) as error:
+            # The others wait for this rank; what is kept for inspection is not worth the run.
+            logger.warning("a bad batch was not kept", path=str(path), why=str(error))
         found: list[Any] = [guilty]
         if self._world.size > 1:
             found = [None] * self._world.size
@@ -100,16 +106,71 @@ class BadSteps:
 
 @contextmanager
 def lost_peers_named(world: World, progress: "Progress") -> Iterator[None]:
-    """Turn what a collective raises when a rank is gone into one sentence: :class:`RunFailed`."""
+    """Turn what a collective raises when a rank is gone into one sentence, which names that rank if it can be told.
+
+    A rank that ends by itself leaves word of why, and those that notice leave word that they are there: who has left
+    none is gone.
+
+    Raises:
+        UserError: another rank ended by one; all ranks then say the same.
+        RunFailed: another rank is gone.
+    """
+    words = Words(world)
     try:
         yield
+    except (UserError, RunFailed) as error:
+        words.leave(f"{'user' if isinstance(error, UserError) else 'failed'}:{error}")
+        raise
     except RuntimeError as error:
         if world.size == 1 or not _of_a_collective(error):
+            words.leave(f"failed:{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             raise
+        words.leave(HERE)
+        found = words.all()
+        for rank, word in found.items():
+            kind, _, why = word.partition(":")
+            if kind == "user":
+                raise UserError(f"rank {rank}: {why}") from error
+        ended = "; ".join(
+            f"rank {rank} ended: {word.partition(':')[2]}" for rank, word in found.items() if word != HERE
+        )
+        silent = ", ".join(str(rank) for rank in range(world.size) if rank not in found)
+        lost = ended or (f"no word from rank {silent}" if silent else str(error).splitlines()[0])
         raise RunFailed(
-            f"rank {world.rank} lost another rank in step {progress.step} (while {progress.doing}); "
-            f"start the run again and it resumes from its newest checkpoint ({str(error).splitlines()[0]})"
+            f"rank {world.rank} lost another rank in step {progress.step} (while {progress.doing}); {lost}; "
+            "start the run again and it resumes from its newest checkpoint"
         ) from error
+
+
+HERE = "here"
+
+
+class Words:
+    """What each rank last had to say, in the store that the ranks met in; it outlives the connections between them."""
+
+    def __init__(self, world: World, patience_s: float = 3.0) -> None:
+        self._world, self._patience_s = world, patience_s
+        self._store: Any = None
+        if world.size > 1:
+            self._store = dist.PrefixStore("last-words", dist.distributed_c10d._get_default_store())
+
+    def leave(self, word: str) -> None:
+        """Say one thing; nothing happens where the store is gone with the rank that kept it."""
+        if self._store is not None:
+            with suppress(RuntimeError):
+                self._store.set(str(self._world.rank), word)
+
+    def all(self) -> dict[int, str]:
+        """What every rank said, by rank; waits a little for those that notice later."""
+        found: dict[int, str] = {}
+        end = time.monotonic() + self._patience_s
+        while len(found) < self._world.size and time.monotonic() < end:
+            for rank in range(self._world.size):
+                with suppress(RuntimeError):
+                    if rank not in found and self._store.check([str(rank)]):
+                        found[rank] = self._store.get(str(rank)).decode()
+            time.sleep(0.05)
+        return found
 
 
 @dataclass
@@ -118,11 +179,6 @@ class Progress:
 
     step: int = 0
     doing: str = "starting"
-
-
-def set_collective_timeout(minutes: float) -> None:
-    """How long collectives may take from now on, in all ranks of the default group."""
-    dist.set_timeout(timedelta(minutes=minutes))
 
 
 def _of_a_collective(error: RuntimeError) -> bool:

@@ -76,7 +76,23 @@ class LogitScale(nn.Module):
 
     def forward(self) -> Tensor:
         """The logit scale, a zero-dimensional float32 tensor."""
-        return (self.start + self.log_growth.float()).clamp(max=self.max_log_scale).exp().squeeze(0)
+        log_scale = cast(Tensor, _AtMost.apply(self.start + self.log_growth.float(), self.max_log_scale))
+        return log_scale.exp().squeeze(0)
+
+
+class _AtMost(torch.autograd.Function):
+    """``clamp(max=most)`` that a parameter can leave again: above, a gradient that leads back down still passes."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, most: float) -> Tensor:
+        ctx.above = value > most
+        return value.clamp(max=most)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        # A descent goes against the gradient: a positive one makes the value smaller.
+        return torch.where(ctx.above & (grads[0] < 0), 0.0, grads[0]), None
 
 
 @dataclass(frozen=True)

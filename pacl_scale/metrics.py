@@ -12,6 +12,8 @@ from typing import Any
 import psutil
 import torch
 
+from pacl_scale import storage
+
 REPORTED_PACKAGES = (
     "torch",
     "torchvision",
@@ -34,13 +36,11 @@ class MetricsFile:
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         self.path = path
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if path.exists() else []
-        partial = path.with_suffix(".part")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        partial.replace(path)
+        storage.write_bytes(str(path), "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line; ``values`` holds at least ``step``."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with storage.explained(str(self.path)), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
 

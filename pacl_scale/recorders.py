@@ -62,10 +62,12 @@ class Recorders:
         UserError: a package that the settings need is not installed, or its service cannot be reached.
     """
 
-    def __init__(self, config: RecordConfig, run: Path, settings: dict[str, Any], resources: ExitStack) -> None:
+    def __init__(
+        self, config: RecordConfig, run: Path, settings: dict[str, Any], resources: ExitStack, first_step: int
+    ) -> None:
         self._board = self._wandb = None
         if config.tensorboard:
-            self._board = _tensorboard(run / "tensorboard")
+            self._board = _tensorboard(run / "tensorboard", first_step)
             resources.callback(self._board.close)
         if config.wandb_project:
             self._wandb = _wandb(config, run, settings)
@@ -81,12 +83,13 @@ class Recorders:
             self._wandb.log(numbers, step=values["step"])
 
 
-def _tensorboard(folder: Path) -> Any:
+def _tensorboard(folder: Path, first_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError("record.tensorboard needs a package: pip install 'pacl-scale[tensorboard]'") from error
-    return SummaryWriter(str(folder))
+    # Steps that a killed attempt took after its newest checkpoint are taken again.
+    return SummaryWriter(str(folder), purge_step=first_step)
 
 
 def _wandb(config: RecordConfig, run: Path, settings: dict[str, Any]) -> Any:

@@ -38,10 +38,7 @@ def heard() -> Iterator[StopRequest]:
 
 @contextmanager
 def passed_on() -> Iterator[None]:
-    """For the length of a ``with`` block, hand SIGUSR1 and SIGUSR2 to the processes that this one started.
-
-    SIGTERM is left to the launcher, which ends its processes with it.
-    """
+    """For the length of a ``with`` block, hand stopping signals to the processes that this one started."""
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         for child in psutil.Process().children():
@@ -50,13 +47,13 @@ def passed_on() -> Iterator[None]:
             except psutil.NoSuchProcess:
                 continue
 
-    with _handlers(pass_on, (signal.SIGUSR1, signal.SIGUSR2)):
+    with _handlers(pass_on):
         yield
 
 
 @contextmanager
-def _handlers(handler: object, numbers: tuple[signal.Signals, ...] = STOPPING) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in numbers}  # type: ignore[arg-type]
+def _handlers(handler: object) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in STOPPING}  # type: ignore[arg-type]
     try:
         yield
     finally:

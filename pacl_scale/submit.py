@@ -224,7 +224,7 @@ def outside_of_jobs() -> Iterator[None]:
 
 def check_training(settings: SubmitConfig, words: list[str]) -> Path:
     """Refuse what the training would refuse on its nodes; returns the run directory."""
-    from pacl_scale import checkpoint, train
+    from pacl_scale import resume, train
 
     training = parsed(words)
     train.accumulation_of(training, settings.nodes * settings.tasks)
@@ -239,14 +239,8 @@ def check_training(settings: SubmitConfig, words: list[str]) -> Path:
         raise UserError("distributed.device is cuda, but no GPUs are asked for; add --gpus-per-node N")
     if settings.gpus_per_node and settings.tasks > settings.gpus_per_node:
         raise UserError(f"{settings.tasks} ranks per node need as many GPUs, not {settings.gpus_per_node}")
-    run = Path(training.run)
-    saved = run / "config.yaml"
-    if saved.exists() and checkpoint.steps_in(train.checkpoint_folder(training)):
-        import yaml
-
-        old = yaml.safe_load(saved.read_text(encoding="utf-8"))
-        train.refuse_changes(old, config.to_dict(training), run)
-    return run
+    resume.check_unchanged(training)
+    return Path(training.run)
 
 
 def check_partition(settings: SubmitConfig) -> None:

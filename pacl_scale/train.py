@@ -10,7 +10,6 @@ start the run again.
 Shapes: b pictures on this rank, B in the global batch, T patches, Din / D width of tokens / text vectors.
 """
 
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from pacl_scale import checkpoint, config, distributed, engine, health, log, metrics, signals, storage
 from pacl_scale.checkpoint import CheckpointConfig
@@ -35,6 +33,7 @@ from pacl_scale.loss import LossConfig, PACLLoss
 from pacl_scale.model import PACLModel, build_embedder
 from pacl_scale.optim import OptimConfig, learning_rate
 from pacl_scale.recorders import Profile, RecordConfig, Recorders
+from pacl_scale.resume import checkpoint_folder, open_run
 from pacl_scale.signals import StopRequest
 from pacl_scale.step import encode, gradient_norm, train_step
 from pacl_scale.unfreeze import UnfreezeConfig, build_text_embedder
@@ -42,20 +41,6 @@ from pacl_scale.validate import ValidateConfig, Validation
 
 MODULE = "pacl_scale.train"
 logger = log.get_logger(MODULE)
-
-MAY_CHANGE_AT_RESUME = (
-    "run",
-    "log_every",
-    "max_bad_steps",
-    "micro_batch_size",
-    "distributed.",
-    "engine.",
-    "checkpoint.",
-    "validate.",
-    "record.",
-    "loss.backend",
-)
-"""Keys (or groups) that do not change what is learned; every other key must be as it was when a run resumes."""
 
 
 @dataclass
@@ -124,6 +109,8 @@ class TrainConfig:
             raise ValueError("steps, global_batch_size, log_every and max_bad_steps must be at least 1")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ValueError("micro_batch_size must be at least 1")
+        if not storage.is_local(self.run):
+            raise ValueError("run is a folder of this machine's; checkpoint.folder may be a URL")
         if self.validate.every_steps and self.engine.shard_towers:
             # One rank measures, and a sharded tower needs them all.
             raise ValueError(
@@ -137,8 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings: TrainConfig = config.parse(TrainConfig, words, "python -m pacl_scale.train")
     if distributed.needs_launch(settings.distributed):
         accumulation_of(settings, settings.distributed.ranks)
-        with signals.passed_on():
-            return distributed.launch(settings.distributed, MODULE, words)
+        return distributed.launch(settings.distributed, MODULE, words)
     with distributed.joined(settings.distributed) as world, signals.heard() as stop:
         return 0 if train(settings, world, stop) else EXIT_REQUEUE
 
@@ -156,6 +142,8 @@ def train(settings: TrainConfig, world: World, stop: StopRequest | None = None) 
     accumulation = accumulation_of(settings, world.size)
     run = Path(settings.run)
     with ExitStack() as resources:
+        progress = health.Progress()
+        resources.enter_context(health.lost_peers_named(world, progress))
         resume_from = open_run(settings, run, world)
         batch_size = settings.global_batch_size
         stream = storage.patiently(PairStream, settings.data, settings.seed, batch_size, world)
@@ -169,17 +157,20 @@ def train(settings: TrainConfig, world: World, stop: StopRequest | None = None) 
         trainer = engine.start(settings.engine, settings.optim, model, world, micro_batch_size, accumulation)
         loss_of = PACLLoss(settings.loss)
 
-        first_step, updates, overflows = 1, 0, 0
+        first_step, updates, overflows, bad = 1, 0, 0, 0
         if resume_from:
             info, state = storage.patiently(checkpoint.load, resume_from)
             first_step, updates = info["step"] + 1, info.get("updates", info["step"])
+            overflows, bad = info.get("overflows", 0), info.get("bad_steps", 0)
             engine.restore_state(trainer, settings.engine, state, updates)
             engine.restore_loss_scaler(trainer, settings.engine, info.get("loss_scaler", {}))
             stream.load_state(info["data"])
             logger.info("resumed", checkpoint=resume_from, step=info["step"], position=info["data"]["position"])
 
         lines = metrics.MetricsFile(run / "metrics.jsonl", first_step - 1) if world.is_main else None
-        recorders = Recorders(settings.record, run, config.to_dict(settings), resources) if world.is_main else None
+        recorders = None
+        if world.is_main:
+            recorders = Recorders(settings.record, run, config.to_dict(settings), resources, first_step)
         profile = Profile(settings.record, run, world, first_step)
         resources.callback(profile.close)
         writer = checkpoint.Writer(checkpoint_folder(settings), settings.checkpoint)
@@ -188,9 +179,7 @@ def train(settings: TrainConfig, world: World, stop: StopRequest | None = None) 
         if settings.validate.every_steps and world.is_main:
             validation = validation_of(settings, frozen, run, world, first_step - 1)
             writer.best = validation.best_step
-        bad_steps = health.BadSteps(run / "bad", world, settings.max_bad_steps)
-        progress = health.Progress()
-        resources.enter_context(health.lost_peers_named(world, progress))
+        bad_steps = health.BadSteps(run / "bad", world, settings.max_bad_steps, bad)
         batches = iter(stream)
         clock = metrics.Clock()
         for step in log.progress(range(first_step, settings.steps + 1), "train", unit="step"):
@@ -220,13 +209,14 @@ def train(settings: TrainConfig, world: World, stop: StopRequest | None = None) 
                 values |= {"logit_scale": result.logit_scale, "attention_entropy": result.attention_entropy}
                 values |= {"grad_norm": gradient_norm(trainer), "position": batch.position_after}
                 values |= clock.read(settings.global_batch_size, world.size, peak_s)
-                values |= {"skipped": sum(stream.skipped.values()), "bad_steps": bad_steps.count}
+                values |= {"retried": sum(stream.retried.values()), "skipped": sum(stream.skipped.values())}
+                values["bad_steps"] = bad_steps.count
                 values |= engine.scaling(trainer, settings.engine, overflows) | metrics.memory(world.device)
                 lines.write(values)
                 recorders.write(values)
                 logger.info("step", **{k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()})
             progress.doing = "agreeing on what is next"
-            agreed = health.agree(world, stop=bool(stop), save=writer.minutes_passed())
+            agreed = health.agree(world, stop=bool(stop), save=world.is_main and writer.minutes_passed())
             done = step == settings.steps
             save = agreed.save or agreed.stop or done or step % settings.checkpoint.every_steps == 0
             # Who is asked to stop has little time left.
@@ -241,19 +231,21 @@ def train(settings: TrainConfig, world: World, stop: StopRequest | None = None) 
                 best = validation.is_best(step, figures)
             if world.is_main and (save or best):
                 info = {"config": config.to_dict(settings), "data": stream.state_after(batch), "updates": updates}
+                info |= {"overflows": overflows, "bad_steps": bad_steps.count}
                 info["loss_scaler"] = engine.loss_scaler(trainer, settings.engine)
-                then = validation.note_best() if best and validation else None
-                writer.save(step, state, info | {"revision": metrics.revision(), **frozen.made_for}, then)
-                writer.best = validation.best_step if validation else None
-            if agreed.stop and not done:
+                note_best = validation.note_best() if best and validation else None
+                writer.save(step, state, info | {"revision": metrics.revision(), **frozen.made_for}, note_best)
+            if agreed.stop or done:
+                progress.doing = "waiting until the last checkpoint is written"
                 writer.wait()
                 # A launcher ends what is left soon after the first rank: nobody leaves before the write is done.
                 if world.size > 1:
                     torch.distributed.barrier()
+            if agreed.stop and not done:
                 logger.info("stopped", why=stop.name if stop else "another rank was asked to", step=step)
                 return False
             if step == first_step:
-                health.set_collective_timeout(settings.distributed.step_timeout_minutes)
+                engine.set_collective_timeout(trainer, settings.distributed.step_timeout_minutes)
     if world.is_main:
         logger.info("trained", run=str(run), steps=settings.steps)
     return True
@@ -289,44 +281,6 @@ def accumulation_of(settings: TrainConfig, world_size: int) -> int:
             + (f" x micro_batch_size {micro}" if not rest else "")
         )
     return share // micro
-
-
-def open_run(settings: TrainConfig, run: Path, world: World) -> str | None:
-    """Make the run directory, or check that an existing one is this very run; returns the checkpoint to resume."""
-    # One rank looks, for all must begin at the same step even while checkpoints come and go.
-    resume_from = None
-    if world.is_main:
-        resume_from = storage.patiently(checkpoint.newest, checkpoint_folder(settings))
-    resume_from = health.told_by_main(world, resume_from)
-    saved = run / "config.yaml"
-    if resume_from and saved.exists():
-        refuse_changes(yaml.safe_load(saved.read_text(encoding="utf-8")), config.to_dict(settings), run)
-    if world.size > 1:
-        torch.distributed.barrier()
-    if world.is_main:
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"the run directory {run} cannot be made: {error.strerror}") from error
-        saved.write_text(config.to_yaml(settings), encoding="utf-8")
-        (run / "environment.json").write_text(json.dumps(metrics.environment(), indent=2), encoding="utf-8")
-    attempt = len(list(run.glob("train.*.log"))) if world.is_main else 0
-    log.configure(world.rank, run / f"train.{attempt}.log" if world.is_main else None)
-    return resume_from
-
-
-def checkpoint_folder(settings: TrainConfig) -> str:
-    """Where this run's checkpoints lie."""
-    return settings.checkpoint.folder or f"{settings.run.rstrip('/')}/checkpoints"
-
-
-def refuse_changes(old: dict[str, Any], new: dict[str, Any], run: Path) -> None:
-    """Raise :class:`UserError` where a run would be resumed with settings that change what it learns."""
-    changes = config.differences(old, new)
-    forbidden = {key: change for key, change in changes.items() if not key.startswith(MAY_CHANGE_AT_RESUME)}
-    if forbidden:
-        said = "; ".join(f"{key} was {before!r}, is {after!r}" for key, (before, after) in forbidden.items())
-        raise UserError(f"{run} was trained with other settings ({said}); choose another run directory")
 
 
 if __name__ == "__main__":

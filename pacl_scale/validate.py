@@ -16,13 +16,12 @@ from torch import Tensor
 
 from pacl_scale import log, storage
 from pacl_scale.encoders import TextEncoder, VisionEncoder, build_text, build_vision
-from pacl_scale.errors import UserError
 from pacl_scale.evaluate.captioned import CaptionedConfig, open_captioned
 from pacl_scale.evaluate.examples import write_examples
 from pacl_scale.evaluate.methods import PACL, Method, Towers
 from pacl_scale.evaluate.pictures import AnnotatedConfig, open_annotated
 from pacl_scale.evaluate.protocol import Protocol
-from pacl_scale.evaluate.retrieval import evaluate_retrieval
+from pacl_scale.evaluate.retrieval import RANKS, evaluate_retrieval
 from pacl_scale.evaluate.rows import write_row
 from pacl_scale.evaluate.segmentation import evaluate_segmentation
 from pacl_scale.loss import LossConfig
@@ -67,12 +66,20 @@ class ValidateConfig:
                 raise ValueError("validate.every_steps must be at least 1, or null")
             if not self.segmentation and not self.retrieval:
                 raise ValueError("validate.every_steps needs validate.segmentation or validate.retrieval")
+            if self.figure not in self.figures:
+                raise ValueError(f"validate.best_by: there is no {self.figure}; there are {', '.join(self.figures)}")
         if self.batch_size < 1 or self.examples < 0:
             raise ValueError("validate.batch_size must be at least 1, validate.examples not negative")
 
     def due(self, step: int, last: bool) -> bool:
         """Whether to evaluate after this step."""
         return self.every_steps is not None and (last or step % self.every_steps == 0)
+
+    @property
+    def figures(self) -> list[str]:
+        """What is measured and can be compared by."""
+        recalls = [f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in RANKS]
+        return (["miou"] if self.segmentation else []) + (recalls if self.retrieval else [])
 
     @property
     def figure(self) -> str:
@@ -157,8 +164,6 @@ class Validation:
             write_row(output, row)
             for way in ("image_to_text", "text_to_image"):
                 figures |= {f"{way}_{name}": value for name, value in row.scores[way].items()}
-        if self.config.figure not in figures:
-            raise UserError(f"validate.best_by: there is no {self.config.figure}; there are {', '.join(figures)}")
         self._lines.write({"step": step, **figures})
         logger.info("validated", step=step, **{name: round(value, 4) for name, value in figures.items()})
         return figures

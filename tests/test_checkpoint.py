@@ -163,3 +163,39 @@ def test_writes_that_a_store_refuses_are_given_up_aloud_until_there_are_too_many
     writer.save(11, STATE, INFO)
     writer.close()
     assert checkpoint.steps_in(writer.folder) == [11]
+
+
+def test_a_later_step_that_was_passed_over_does_not_cost_a_good_one(tmp_path: Path) -> None:
+    folder = str(tmp_path / "checkpoints")
+    storage.write_bytes(storage.join(save(folder, 300), checkpoint.MODEL), b"damaged")
+    good = save(folder, 150, keep_last=1)
+    assert checkpoint.newest(folder) == good
+
+
+def test_checkpoints_none_of_which_can_be_used_are_not_begun_again_from(tmp_path: Path) -> None:
+    folder = str(tmp_path / "checkpoints")
+    for step in (1, 2):
+        storage.write_bytes(storage.join(save(folder, step), checkpoint.MODEL), b"damaged")
+    with pytest.raises(UserError, match="none of the 2 checkpoints"):
+        checkpoint.newest(folder)
+
+
+def test_the_best_one_stays_until_a_better_one_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "ATTEMPTS", 1)
+    writer = checkpoint.Writer(str(tmp_path / "checkpoints"), checkpoint.CheckpointConfig(keep_last=1))
+    noted: list[int] = []
+    writer.save(1, STATE, INFO, lambda: noted.append(1))
+    writer.wait()
+    write = storage.write_bytes
+
+    def refuse(url: str, content: bytes) -> None:
+        raise storage.StoreUnavailable("the store did not answer")
+
+    monkeypatch.setattr(storage, "write_bytes", refuse)
+    writer.save(2, STATE, INFO, lambda: noted.append(2))
+    with pytest.raises(RunFailed):
+        writer.wait()
+    monkeypatch.setattr(storage, "write_bytes", write)
+    writer.save(3, STATE, INFO)
+    writer.close()
+    assert (checkpoint.steps_in(writer.folder), noted) == ([1, 3], [1])

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from pacl_scale.encoders import Preprocess, VisionConfig, VisionEncoder, build_vision
+from pacl_scale.encoders import Placement, Preprocess, VisionConfig, VisionEncoder, build_vision
 from pacl_scale.encoders.cpu_block import CpuBlock, PackedLinear, PlainLinear, is_plain, linear
 from pacl_scale.encoders.from_timm import encoder_of_timm_model
 from pacl_scale.encoders.vision import preprocess_for
@@ -45,7 +45,7 @@ def small(**options: Any) -> VisionTransformer:
 def encoder_of(model: Any, dtype: torch.dtype = torch.float32, **settings: Any) -> VisionEncoder:
     config = VisionConfig(source="timm", model="small", **settings)
     plain = Preprocess(64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    return encoder_of_timm_model(copy.deepcopy(model), config, plain, torch.device("cpu"), dtype)
+    return encoder_of_timm_model(copy.deepcopy(model), config, plain, Placement(torch.device("cpu"), dtype))
 
 
 def tokens_of(model: Any, images: torch.Tensor) -> torch.Tensor:

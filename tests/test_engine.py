@@ -32,7 +32,7 @@ def take_steps(trainer: Any, first: int, last: int) -> None:
     for step in range(first, last):
         engine.set_learning_rate(trainer, 0.01)
         tokens = torch.randn(2, 3, WIDTH_IN, generator=torch.Generator().manual_seed(step))
-        patches, scale = trainer(tokens)
+        patches, scale, _ = trainer(tokens)
         trainer.backward((patches.float() ** 2).mean() * scale)
         trainer.step()
 

@@ -286,5 +286,12 @@ def test_logit_scale_starts_at_the_temperature_and_has_a_limit() -> None:
     with torch.no_grad():
         scale.log_growth += 10
     assert scale().item() == pytest.approx(50.0)
+    # From above the limit a step that asks for less leads back; one that asks for more does not lead further away.
+    scale.log_growth.data.fill_(5.0)
+    scale().backward()
+    assert scale.log_growth.grad is not None and scale.log_growth.grad > 0
+    scale.log_growth.grad = None
+    (-scale()).backward()
+    assert scale.log_growth.grad == 0
     fixed = LogitScale(LossConfig(learn_temperature=False))
     assert not fixed().requires_grad and fixed().item() == pytest.approx(1 / 0.07)

@@ -11,15 +11,20 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from ranks import run_ranks
 from safetensors import safe_open
 from training import TOKENS, WIDTH, curve, settings_for, write_features
 
-from pacl_scale import checkpoint, config, health, metrics
+from pacl_scale import checkpoint, config, engine, health, metrics
 from pacl_scale.data.stream import DataConfig
 from pacl_scale.distributed import World
+from pacl_scale.embedder import PatchEmbedder
 from pacl_scale.engine import EngineConfig
-from pacl_scale.errors import EXIT_FAILED, EXIT_REQUEUE, RunFailed
+from pacl_scale.errors import EXIT_FAILED, EXIT_REQUEUE, RunFailed, UserError
+from pacl_scale.loss import LossConfig
+from pacl_scale.model import PACLModel
+from pacl_scale.optim import OptimConfig
 from pacl_scale.train import TrainConfig, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.weights]
@@ -78,7 +83,7 @@ def test_signals_and_kills_do_not_change_the_curve(features: str, undisturbed: l
 
     command = Command(settings)
     command.wait_for_step(5)
-    command.process.send_signal(signal.SIGUSR1)
+    command.process.send_signal(signal.SIGTERM)
     status, said = command.end()
     assert status == EXIT_REQUEUE, said
     (stopped,) = checkpoint.steps_in(folder)
@@ -149,7 +154,7 @@ def test_what_one_rank_wants_all_do() -> None:
 
 
 def wait_for_a_late_rank(world: World) -> str:
-    health.set_collective_timeout(2 / 60)
+    engine.set_collective_timeout(None, 2 / 60)
     if world.rank == 1:
         time.sleep(6)
         return ""
@@ -164,5 +169,46 @@ def wait_for_a_late_rank(world: World) -> str:
 def test_after_the_first_step_a_missing_rank_is_given_up_soon() -> None:
     began = time.monotonic()
     said, _ = run_ranks(2, wait_for_a_late_rank)
-    assert "rank 0 lost another rank in step 7 (while computing)" in said
+    assert "rank 0 lost another rank in step 7 (while computing); no word from rank 1" in said
     assert time.monotonic() - began < 60
+
+
+def end_by_itself(world: World, why: type[Exception]) -> str:
+    try:
+        with health.lost_peers_named(world, health.Progress(7, "computing")):
+            if world.rank == 1:
+                raise why("shard 3 was replaced")
+            # As leaving the group does: the other rank's connection breaks, or is never made.
+            engine.set_collective_timeout(None, 2 / 60)
+            health.agree(world, False, False)
+    except (RunFailed, UserError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def test_what_ended_another_rank_is_said_by_all() -> None:
+    said, own = run_ranks(2, end_by_itself, UserError)
+    assert (said, own) == ("UserError: rank 1: shard 3 was replaced", "UserError: shard 3 was replaced")
+    said, _ = run_ranks(2, end_by_itself, RunFailed)
+    assert said.startswith("RunFailed: rank 0 lost another rank") and "rank 1 ended: shard 3 was replaced" in said
+
+
+def deepspeeds_timeout(world: World) -> list[float]:
+    model = PACLModel(PatchEmbedder(4, 4), LossConfig())
+    trainer = engine.start(EngineConfig(1, "fp32"), OptimConfig(), model, world, 1, 1)
+    engine.set_collective_timeout(trainer, 2 / 60)
+    if world.rank == 1:
+        time.sleep(6)
+        return []
+    began = time.monotonic()
+    try:
+        trainer(torch.zeros(1, 1, 4))[0].sum().backward()
+        torch.distributed.all_reduce(torch.zeros(1), group=trainer.seq_data_parallel_group)
+    except RuntimeError:
+        return [time.monotonic() - began]
+    return []
+
+
+def test_deepspeeds_own_group_has_the_same_time_out() -> None:
+    (waited,), _ = run_ranks(2, deepspeeds_timeout)
+    assert waited < 5

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,17 @@ from ranks import run_ranks
 from training import STEPS, TOKENS, WIDTH, curve, settings_for
 
 from pacl_scale import checkpoint, config, metrics
+from pacl_scale.checkpoint import CheckpointConfig
+from pacl_scale.data.reader import ReadConfig
+from pacl_scale.data.stream import DataConfig
 from pacl_scale.distributed import World
 from pacl_scale.engine import EngineConfig
 from pacl_scale.errors import EXIT_USER_ERROR, UserError
 from pacl_scale.model import load_model
 from pacl_scale.optim import OptimConfig
-from pacl_scale.train import TrainConfig, accumulation_of, refuse_changes, train
+from pacl_scale.resume import check_unchanged, refuse_changes
+from pacl_scale.train import TrainConfig, accumulation_of, train
+from pacl_scale.unfreeze import UnfreezeConfig
 
 pytestmark = [pytest.mark.distributed, pytest.mark.weights]
 
@@ -106,6 +112,38 @@ def test_resuming_with_other_settings_is_refused() -> None:
     refuse_changes(old, config.to_dict(TrainConfig(log_every=3, micro_batch_size=64)), Path("runs/x"))
     with pytest.raises(UserError, match="optim.lr was 0.0005, is 0.001"):
         refuse_changes(old, config.to_dict(TrainConfig(optim=OptimConfig(lr=1e-3))), Path("runs/x"))
+
+
+def test_what_helps_a_slow_run_may_change_at_a_resume_and_its_order_may_not() -> None:
+    old, run = config.to_dict(TrainConfig()), Path("runs/x")
+    faster = DataConfig(decode_threads=9, prefetch_batches=3, read=ReadConfig(retries=9, disk_cache="/scratch/x"))
+    refuse_changes(old, config.to_dict(TrainConfig(data=faster)), run)
+    for read in (ReadConfig(chunk_samples=7), ReadConfig(window_chunks=7)):
+        with pytest.raises(UserError, match="data.read.* is 7"):
+            refuse_changes(old, config.to_dict(TrainConfig(data=DataConfig(read=read))), run)
+
+
+def test_a_key_that_an_older_run_did_not_have_was_at_its_default() -> None:
+    old = config.to_dict(TrainConfig())
+    del old["unfreeze"], old["optim"]["eps"]
+    refuse_changes(old, config.to_dict(TrainConfig()), Path("runs/x"))
+    with pytest.raises(UserError, match="unfreeze.text_embedder was False, is True"):
+        refuse_changes(old, config.to_dict(TrainConfig(unfreeze=UnfreezeConfig(text_embedder=True))), Path("runs/x"))
+
+
+def test_checkpoints_elsewhere_say_what_a_run_was_trained_with(runs: Path, tmp_path: Path, features: str) -> None:
+    elsewhere = CheckpointConfig(every_steps=2, folder=str(runs / "whole" / "checkpoints"))
+    settings = settings_for(features, tmp_path / "new", checkpoint=elsewhere)
+    check_unchanged(settings)
+    with pytest.raises(UserError, match="optim.lr was 0.01"):
+        check_unchanged(replace(settings, optim=OptimConfig(lr=1e-3, warmup_steps=2)))
+    with pytest.raises(RuntimeError, match="optim.lr was 0.01"):
+        run_ranks(1, train_all, [replace(settings, optim=OptimConfig(lr=1e-3, warmup_steps=2))])
+
+
+def test_a_run_directory_is_on_this_machine() -> None:
+    with pytest.raises(ValueError, match="checkpoint.folder may be a URL"):
+        TrainConfig(run="s3://bucket/run")
 
 
 @pytest.mark.parametrize(("batch", "micro", "world"), [(10, None, 4), (16, 3, 2), (8, 8, 2)])

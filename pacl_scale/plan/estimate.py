@@ -107,7 +107,7 @@ def estimate(problem: Problem, gpu: Gpu, gpus_per_node: int, assumed: Assumption
     """Time and memory of a step."""
     shapes = problem.shapes
     flops = work.step_flops(shapes, problem.vision, problem.text)
-    sent = wire.transfers(shapes, problem.settings)
+    sent = wire.transfers(shapes, problem.settings, problem.vision)
     link_bytes = sum(one.link_bytes(shapes.world) for one in sent)
     read_s, decode_s = _data_seconds(problem, assumed)
     peak = memory.peak_bytes(shapes, problem.settings, problem.vision, problem.text)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pacl_scale.plan.memory import EXACT, Settings
-from pacl_scale.plan.work import Shapes
+from pacl_scale.plan.work import Shapes, Tower
 
 Operation = Literal["all_gather", "all_reduce", "reduce_scatter"]
 
@@ -32,11 +32,15 @@ class Transfer:
         return (2 if self.operation == "all_reduce" else 1) * (world - 1) / world * self.payload * self.count
 
 
-def transfers(shapes: Shapes, settings: Settings) -> list[Transfer]:
+def transfers(shapes: Shapes, settings: Settings, vision: Tower | None = None) -> list[Transfer]:
     """Everything that ranks exchange in a step that is not logged or saved; nothing for a single rank."""
     if shapes.world == 1:
         return []
-    return [*_of_loss(shapes), *_of_engine(shapes, settings), Transfer("all_reduce", "agreement", 8)]
+    found = [*_of_loss(shapes), *_of_engine(shapes, settings), Transfer("all_reduce", "agreement", 8)]
+    if vision and settings.shard_towers:
+        gathered = vision.parameters * settings.number_bytes
+        found.append(Transfer("all_gather", "vision tower", gathered, shapes.accumulation))
+    return found
 
 
 def _of_loss(shapes: Shapes) -> list[Transfer]:
