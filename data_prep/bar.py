@@ -14,7 +14,7 @@ log = get_logger(__name__)
 
 
 def shown(outcomes: Iterable[Outcome], total: int) -> Iterator[Outcome]:
-    """Yield outcomes of shards, whose values are (rows, samples), under a bar, or with a line now and then.
+    """Yield outcomes of shards, whose values begin with rows and samples, under a bar, or with a line now and then.
 
     Args:
         total: number of shards.

@@ -3,13 +3,11 @@
 RETRIED_SCHEME = "retried"
 """Before the URL of a row that must not be asked for, because a later shard has its last attempt."""
 
-OPT_OUT_MESSAGE = "Use of image disallowed by X-Robots-Tag directive"
-"""img2dataset's own words for a server that asks not to be used."""
-
 CAUSES = {
     "aspect_ratio": "longer in one direction than fetch.largest_aspect_ratio allows",
     "backoff": "not asked: the host failed too often just before",
     "connection": "refused, reset or closed by the server or on the way",
+    "decoder": "decoding it ended its process or took too long, twice",
     "dns": "the host's name does not resolve",
     "empty": "an answer without a body",
     "evaluation_picture": "one of the pictures that fetch.exclude lists, or nearly",
@@ -22,7 +20,7 @@ CAUSES = {
     "timeout": "not answered, or not finished, in time",
     "tls": "no secure connection: certificate or handshake",
     "too_large": "more bytes than fetch.largest_body_mb allows",
-    "too_many_pixels": "more pixels than fetch.largest_megapixels allows",
+    "too_many_pixels": "more pixels than fetch.largest_megapixels allows, or many scans of many",
     "too_small": "shorter side below fetch.smallest_side",
     "truncated": "the body ended before its announced length",
     "other": "anything else; see error_message in the shard's parquet file",
@@ -44,7 +42,5 @@ class FetchError(Exception):
 
 def cause_of(error_message: str) -> str:
     """The cause within an error message of a shard's parquet file."""
-    if error_message == OPT_OUT_MESSAGE:
-        return "opt_out"
     cause = error_message.partition(":")[0]
     return cause if cause in CAUSES or cause.startswith("http_") else "other"

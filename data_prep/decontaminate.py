@@ -25,9 +25,10 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from data_prep.causes import FetchError
+from data_prep.orientation import upright
 from pacl_scale import storage
 from pacl_scale.config import parse
 from pacl_scale.errors import UserError, run_command
@@ -117,7 +118,11 @@ def write_list(config: DecontaminateConfig) -> None:
 
 
 def _hashes_of(path: Path, kinds: Iterable[str]) -> dict[str, str]:
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        reason = f"{path} cannot be read ({error.strerror})"
+        raise UserError(f"{reason}; a list without it would let the picture in") from error
     try:
         near = f"{perceptual_hash(content):016x}"
     except FetchError:
@@ -135,11 +140,11 @@ def perceptual_hash(content: bytes) -> int:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(content)) as picture:
                 picture.draft("L", DRAFT)
-                bits = imagehash.phash(ImageOps.exif_transpose(picture)).hash
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+                bits = imagehash.phash(upright(picture)).hash
+    except Exception as error:  # of any kind: Pillow's parsers promise nothing
         raise FetchError("not_an_image", type(error).__name__) from error
     return int.from_bytes(np.packbits(bits.flatten()).tobytes(), "big")
 

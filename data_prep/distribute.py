@@ -19,6 +19,9 @@ from pacl_scale.errors import UserError
 
 DISTRIBUTORS = ("processes", "multiprocessing", "pyspark", "ray")
 
+MakeShard = Callable[[int], tuple[int, int, dict[str, int]]]
+"""Makes a shard; returns its rows, its samples, and its failures by cause."""
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
@@ -32,7 +35,7 @@ class Supervised:
         in_child: False inside a process that may have no children.
     """
 
-    work: Callable[[int], tuple[int, int]]
+    work: MakeShard
     deadline_s: float
     in_child: bool = True
 
@@ -49,7 +52,11 @@ class Supervised:
 
 
 def distribute(
-    how: str, work: Callable[[int], tuple[int, int]], shards: Sequence[int], processes: int, deadline_s: float
+    how: str,
+    work: MakeShard,
+    shards: Sequence[int],
+    processes: int,
+    deadline_s: float,
 ) -> Iterator[Outcome]:
     """Make ``shards``; yields each shard's outcome with ``processes``, and nothing with the other distributors.
 

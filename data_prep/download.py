@@ -188,7 +188,7 @@ def report(config: DownloadConfig) -> None:
         return
     with only_run(config.output):
         work = stages.resume(config)
-        storage.remove(storage.join(config.output, layout.PAGE))
+        layout.remove(storage.join(config.output, layout.PAGE))
         finished = sorted(set(layout.finished_shards(config.output)) & set(work.shards))
         sound = stages.known_sound(config.output, finished, read_verified(config.output))
         stages.account(work, sound, stages.indexed(config.output))

@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_network
@@ -18,12 +18,14 @@ import psutil
 import pacl_scale
 from data_prep import layout
 from data_prep.bar import shown
+from data_prep.decoder import WatchedResizer
 from data_prep.decontaminate import describe_lists
 from data_prep.distribute import distribute, require
-from data_prep.guard import Limits, install
+from data_prep.guard import FIRST_BYTES, Limits, install
 from data_prep.imports import without
+from data_prep.workers import Outcome
 from pacl_scale import storage
-from pacl_scale.errors import UserError
+from pacl_scale.errors import RunFailed, UserError
 from pacl_scale.log import get_logger
 
 log = get_logger(__name__)
@@ -32,6 +34,14 @@ USER_AGENT_TOKEN = "pacl-scale"
 """The name that a server's X-Robots-Tag can address."""
 
 SCRATCH_PREFIX = "pacl-scale-fetch-"
+
+LEAST_HELD_BYTES = 1 << 28
+"""Of bodies, that each process may hold at a time."""
+
+BLIND_SHARDS = 3
+"""So many shards in a row of which no URL could be reached are this machine's fault, not the list's."""
+
+UNREACHABLE = frozenset({"connection", "dns", "timeout"})
 
 
 @dataclass
@@ -75,7 +85,8 @@ class FetchConfig:
     allowed_networks: list[str] = field(default_factory=list)
     """Networks that may be asked although their addresses are not public: [10.0.0.0/8] on an intranet."""
     honour_opt_out: bool = True
-    """Leave out pictures whose server says noai, noimageai, noindex or noimageindex in X-Robots-Tag."""
+    """Leave out pictures whose server, or a redirect to it, says noai, noimageai, noindex, noimageindex or none in
+    X-Robots-Tag."""
     contact: str | None = None
     """An address (URL or e-mail) that the user agent names, so that a server's owner can write to you."""
     scratch: str | None = None
@@ -105,14 +116,19 @@ def fetch(
     samples_per_shard: int,
     config: FetchConfig,
     backoff_s: float = 0.0,
+    is_retry: bool = False,
 ) -> dict[int, str]:
     """Make shards from their prepared lists, letting failing hosts rest if ``backoff_s`` is not 0.
 
     Args:
         shards: numbers, each with the ids of rows that must not be asked for.
+        is_retry: their rows have failed before.
 
     Returns:
         What went wrong, by number, with the shards that could not be made in three attempts.
+
+    Raises:
+        RunFailed: nothing can be reached from here; the shards that tell so are removed.
     """
     faults: dict[int, str] = {}
     require(config.distributor)
@@ -120,7 +136,8 @@ def fetch(
     with _scratch_folder(config.scratch) as scratch:
         work = functools.partial(download_shard, root_url, scratch, samples_per_shard, config, backoff_s, skipped)
         outcomes = distribute(config.distributor, work, list(shards), config.processes, config.shard_seconds)
-        for outcome in shown(outcomes, len(shards)):
+        seeing = outcomes if is_retry else _while_seeing(root_url, outcomes, len(shards))
+        for outcome in shown(seeing, len(shards)):
             if outcome.fault is not None:
                 faults[outcome.task] = outcome.fault
                 log.warning("shard failed", shard=layout.shard_name(outcome.task), reason=outcome.fault)
@@ -128,6 +145,25 @@ def fetch(
         made = set(layout.finished_shards(root_url))
         faults |= {shard: f"see the log of {config.distributor}" for shard in shards if shard not in made}
     return faults
+
+
+def _while_seeing(root_url: str, outcomes: Iterable[Outcome], total: int) -> Iterator[Outcome]:
+    """The outcomes, up to where a dead network or name server would spoil shard after shard."""
+    blind: dict[int, str] = {}
+    for done, outcome in enumerate(outcomes, start=1):
+        yield outcome
+        _, samples, causes = outcome.value or (0, 0, {})
+        if samples or not causes or set(causes) - UNREACHABLE:
+            blind = {}
+            continue
+        blind[outcome.task] = ", ".join(f"{cause} {count}" for cause, count in causes.items())
+        if len(blind) >= BLIND_SHARDS and done < total:
+            for shard in blind:
+                layout.remove_shard(root_url, shard)
+            raise RunFailed(
+                f"no URL of {len(blind)} shards in a row could be reached ({blind[outcome.task]} in the last): look at "
+                "this machine's network and name server; the same command continues"
+            )
 
 
 def download_shard(
@@ -138,28 +174,57 @@ def download_shard(
     backoff_s: float,
     skipped: Mapping[int, frozenset[int]],
     shard: int,
-) -> tuple[int, int]:
-    """Make one shard in this process; returns its rows and samples.
+) -> tuple[int, int, dict[str, int]]:
+    """Make one shard in this process; returns its rows, its samples, and its failures by cause.
 
     Raises:
         BadShard, UserError: as :meth:`ShardDownloader.download_shard`.
     """
     os.makedirs(scratch, exist_ok=True)  # on another machine than the one that distributes
-    most_pixels = round(config.largest_megapixels * 1e6)
-    # Both are read at import. OpenCV's limit is a second lock behind the look at the header; albumentations,
-    # which img2dataset resizes with, would ask a package index whether there is a newer version of itself.
-    os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(most_pixels)
-    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+    _set_environment(config)
     import data_prep.verify  # noqa: F401 - what it needs may need torch; the rest below does not
 
     with without("torch"):
-        from data_prep.decontaminate import read_lists
-        from data_prep.picture import PictureResizer
         from data_prep.shard import ShardDownloader, ShardWriter
 
-    install(limits(config, backoff_s))
-    resizer = PictureResizer(
-        most_pixels=most_pixels,
+    opener = install(limits(config, backoff_s, os.path.join(scratch, "hosts")))
+    note = os.path.join(scratch, f"{layout.shard_name(shard)}.decoding")
+    resizer = WatchedResizer(functools.partial(resizer_of, config), note, opener.budget.give_back)
+    try:
+        downloader = ShardDownloader(
+            root_url=root_url,
+            scratch=scratch,
+            skipped=skipped.get(shard, frozenset()),
+            sample_writer_class=ShardWriter,
+            resizer=resizer,
+            thread_count=config.threads,
+            save_caption=True,
+            extract_exif=False,
+            timeout=config.silence_seconds,
+            # A key is shard number and row number; ten rows make it two digits at least.
+            number_sample_per_shard=max(10, samples_per_shard),
+            oom_shard_count=layout.SHARD_DIGITS,
+            compute_hash="sha256",
+            verify_hash_type=None,
+            encode_format="jpg",
+            retries=0,
+            user_agent_token=USER_AGENT_TOKEN,
+            disallowed_header_directives=None,  # the guard heeds them
+        )
+        return downloader.make((shard, layout.list_url(root_url, shard)))
+    finally:
+        resizer.close()
+
+
+def resizer_of(config: FetchConfig) -> Any:
+    """What makes a JPEG of a body, as the configuration says."""
+    _set_environment(config)
+    with without("torch"):
+        from data_prep.decontaminate import read_lists
+        from data_prep.picture import PictureResizer
+
+    return PictureResizer(
+        most_pixels=round(config.largest_megapixels * 1e6),
         smallest_side=config.smallest_side,
         largest_aspect_ratio=config.largest_aspect_ratio,
         excluded=read_lists(tuple(config.exclude), config.exclude_distance) if config.exclude else None,
@@ -168,27 +233,13 @@ def download_shard(
         resize_only_if_bigger=not config.upscale,
         encode_quality=config.jpeg_quality,
     )
-    downloader = ShardDownloader(
-        root_url=root_url,
-        scratch=scratch,
-        skipped=skipped.get(shard, frozenset()),
-        sample_writer_class=ShardWriter,
-        resizer=resizer,
-        thread_count=config.threads,
-        save_caption=True,
-        extract_exif=False,
-        timeout=config.silence_seconds,
-        # A key is shard number and row number; ten rows make it two digits at least.
-        number_sample_per_shard=max(10, samples_per_shard),
-        oom_shard_count=layout.SHARD_DIGITS,
-        compute_hash="sha256",
-        verify_hash_type=None,
-        encode_format="jpg",
-        retries=0,
-        user_agent_token=USER_AGENT_TOKEN,
-        disallowed_header_directives=OPT_OUT_DIRECTIVES if config.honour_opt_out else None,
-    )
-    return downloader.download_shard((shard, layout.list_url(root_url, shard)))
+
+
+def _set_environment(config: FetchConfig) -> None:
+    # Both are read at import. OpenCV's limit is a second lock behind the look at the header; albumentations,
+    # which img2dataset resizes with, would ask a package index whether there is a newer version of itself.
+    os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(round(config.largest_megapixels * 1e6))
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 
 
 def pin_pictures(root_url: str, config: FetchConfig) -> None:
@@ -198,8 +249,7 @@ def pin_pictures(root_url: str, config: FetchConfig) -> None:
         UserError: shards that are there already were made with others.
     """
     url = storage.join(root_url, layout.PICTURES)
-    names = ("image_size", "resize_mode", "upscale", "jpeg_quality")
-    shaping: dict[str, Any] = {name: getattr(config, name) for name in names}
+    shaping: dict[str, Any] = {name: getattr(config, name) for name in SHAPING}
     if config.exclude:
         shaping |= {"exclude": describe_lists(config.exclude), "exclude_distance": config.exclude_distance}
     before = layout.read_json(url)
@@ -212,18 +262,33 @@ def pin_pictures(root_url: str, config: FetchConfig) -> None:
         raise UserError(f"{root_url} holds pictures made with {', '.join(changed)}; keep that or choose another output")
 
 
-OPT_OUT_DIRECTIVES = ["noai", "noimageai", "noindex", "noimageindex"]
+SHAPING = (
+    "image_size",
+    "resize_mode",
+    "upscale",
+    "jpeg_quality",
+    "largest_body_mb",
+    "largest_megapixels",
+    "largest_aspect_ratio",
+    "smallest_side",
+    "honour_opt_out",
+)
+"""Settings that decide which pictures a data set has, and how they look."""
 
 
-def limits(config: FetchConfig, backoff_s: float) -> Limits:
-    """What each request may take, and the user agent."""
+def limits(config: FetchConfig, backoff_s: float, rests: str | None = None) -> Limits:
+    """What each request may take, the user agent, and where processes tell each other which hosts rest."""
     contact = f"; {config.contact}" if config.contact else ""
+    body_bytes = math.floor(config.largest_body_mb * 1e6)
     return Limits(
         deadline_s=config.request_seconds,
-        body_bytes=math.floor(config.largest_body_mb * 1e6),
+        body_bytes=body_bytes,
         allowed_networks=tuple(ip_network(network) for network in config.allowed_networks),
         user_agent=f"{USER_AGENT_TOKEN}/{pacl_scale.__version__} (img2dataset{contact})",
         backoff_s=backoff_s,
+        rests=rests,
+        robot=USER_AGENT_TOKEN if config.honour_opt_out else None,
+        held_bytes=max(LEAST_HELD_BYTES, config.threads * FIRST_BYTES + 2 * body_bytes),
     )
 
 
@@ -231,7 +296,12 @@ def limits(config: FetchConfig, backoff_s: float) -> Limits:
 def _scratch_folder(parent: str | None) -> Iterator[str]:
     """A local folder for this run; those of runs that were killed are cleared away."""
     place = Path(parent or tempfile.gettempdir())
-    place.mkdir(parents=True, exist_ok=True)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(f"fetch.scratch: {place} cannot be written to ({error.strerror})") from error
     # Other machines may share the place; only they know which of their processes live.
     ours = f"{SCRATCH_PREFIX}{socket.gethostname()}-"
     for old in place.glob(f"{ours}*"):

@@ -8,7 +8,8 @@ opener made here speaks http and https only (the default one also opens ``file:`
   checked, so that a second answer of the name server cannot lead elsewhere; redirects go the same way;
 * ends a request at its deadline however slowly its bytes drip, redirects, TLS and headers included;
 * ends a body at its size limit, and notices one that is shorter than announced;
-* says who is asking in the user agent;
+* holds no more bytes of bodies at a time than it is allowed to;
+* says who is asking in the user agent, and heeds X-Robots-Tag, that of redirects too;
 * lets a host rest that is busy, silent or refusing, if told so.
 
 Proxies named in the environment are not used: the address check would then be the proxy's.
@@ -16,26 +17,28 @@ Proxies named in the environment are not used: the address check would then be t
 
 import functools
 import http.client
-import ipaddress
 import socket
 import ssl
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from email.message import Message
+from email.utils import parsedate_to_datetime
 from typing import Any, NoReturn
 
+from data_prep.addresses import Network, check_address, resolve
+from data_prep.budget import ByteBudget
 from data_prep.causes import RETRIED_SCHEME, FetchError
+from data_prep.hosts import HostGate
+from data_prep.robots import opt_out
 
 READ_BYTES = 1 << 16
 MOST_REDIRECTS = 5
 
-
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+FIRST_BYTES = 1 << 20
+"""Taken of the budget for a body of unknown length; most pictures are smaller."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,9 @@ class Limits:
         allowed_networks: addresses in these may be connected to although they are not public.
         user_agent: sent with each request.
         backoff_s: rest of a host after a failure of its own, doubled with each in a row; 0 for none.
+        rests: folder in which processes tell each other which hosts rest; ``None`` for this process alone.
+        robot: the name that X-Robots-Tag can address; ``None`` does not look at it.
+        held_bytes: bodies held at a time, until :attr:`GuardedOpener.budget` has them back.
     """
 
     deadline_s: float
@@ -55,12 +61,17 @@ class Limits:
     allowed_networks: tuple[Network, ...]
     user_agent: str
     backoff_s: float = 0.0
+    rests: str | None = None
+    robot: str | None = None
+    held_bytes: int = 1 << 28
 
 
-def install(limits: Limits) -> None:
-    """Let :func:`urllib.request.urlopen` of this process go through the guard."""
+def install(limits: Limits) -> "GuardedOpener":
+    """Let :func:`urllib.request.urlopen` of this process go through the guard; returns it."""
+    opener = _opener(limits)
     # urlopen asks nothing of its opener but open().
-    urllib.request.install_opener(_opener(limits))  # type: ignore[arg-type]
+    urllib.request.install_opener(opener)  # type: ignore[arg-type]
+    return opener
 
 
 @functools.lru_cache(maxsize=1)
@@ -74,16 +85,18 @@ class GuardedOpener:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
+        self.budget = ByteBudget(limits.held_bytes)
+        """Of a body that was read to its end, :meth:`ByteBudget.give_back` is the caller's to call."""
         context = ssl.create_default_context()
         context.sslsocket_class = _TimedSSLSocket
-        self._gate = HostGate(limits.backoff_s, limits.deadline_s)
+        self._gate = HostGate(limits.backoff_s, limits.deadline_s, limits.rests)
         self._director = urllib.request.OpenerDirector()
         for handler in (
             urllib.request.UnknownHandler(),
             _HTTPHandler(limits),
             _HTTPSHandler(limits, context),
             urllib.request.HTTPDefaultErrorHandler(),
-            _RedirectHandler(),
+            _RedirectHandler(limits),
             urllib.request.HTTPErrorProcessor(),
         ):
             self._director.add_handler(handler)
@@ -103,17 +116,24 @@ class GuardedOpener:
                 response = self._director.open(request, data, timeout)
             except Exception as error:
                 _explain(error)
-        return CappedBody(response, self.limits.body_bytes, self._gate, host)
+        try:
+            _heed(response.headers, self.limits.robot)
+        except FetchError:
+            response.close()
+            raise
+        return CappedBody(response, self, host, request.ends)
 
 
 class CappedBody:
     """The part of a response that img2dataset uses: ``headers``, ``read()`` and the context manager."""
 
-    def __init__(self, response: Any, most_bytes: int, gate: "HostGate", host: str) -> None:
+    def __init__(self, response: Any, opener: GuardedOpener, host: str, ends: float) -> None:
         self._response = response
-        self._most_bytes = most_bytes
-        self._gate = gate
+        self._most_bytes = opener.limits.body_bytes
+        self._budget = opener.budget
+        self._gate = opener._gate
         self._host = host
+        self._ends = ends
         self.headers: Message = response.headers
 
     def __enter__(self) -> "CappedBody":
@@ -133,98 +153,31 @@ class CappedBody:
         announced = self._response.length
         if announced is not None and announced > self._most_bytes:
             raise FetchError("too_large", f"{announced} bytes announced, {self._most_bytes} allowed")
+        taken = size = 0
         pieces: list[bytes] = []
-        size = 0
         try:
+            taken += self._take(min(FIRST_BYTES, self._most_bytes) if announced is None else announced)
             while piece := self._response.read1(READ_BYTES):
                 pieces.append(piece)
                 size += len(piece)
                 if size > self._most_bytes:
                     raise FetchError("too_large", f"more than {self._most_bytes} bytes")
+                if size > taken:
+                    taken += self._take(self._most_bytes - taken)
+            if announced is not None and size < announced:
+                raise FetchError("truncated", f"{size} of {announced} bytes")
+            if not size:
+                raise FetchError("empty", "no bytes")
+            return b"".join(pieces)
         except Exception as error:
+            size = 0
             _explain(error)
-        if announced is not None and size < announced:
-            raise FetchError("truncated", f"{size} of {announced} bytes")
-        if not size:
-            raise FetchError("empty", "no bytes")
-        return b"".join(pieces)
+        finally:
+            self._budget.give_back(taken - size)
 
-
-class HostGate:
-    """Lets hosts rest: after a failure that is the host's own, nobody asks it until its rest is over.
-
-    Args:
-        first_s: the first rest; each failure in a row doubles it. 0 opens the gate for good.
-        longest_s: no rest is longer, and nobody waits longer.
-    """
-
-    def __init__(self, first_s: float, longest_s: float) -> None:
-        self._first_s = first_s
-        self._longest_s = longest_s
-        self._lock = threading.Lock()
-        self._free_at: dict[str, float] = {}
-        self._in_a_row: dict[str, int] = {}
-
-    def wait(self, host: str) -> None:
-        """Wait until ``host`` may be asked. Raises FetchError if it keeps failing meanwhile."""
-        gives_up = time.monotonic() + self._longest_s
-        while (rest := self._free_at.get(host, 0.0) - time.monotonic()) > 0:
-            if time.monotonic() + rest > gives_up:
-                raise FetchError("backoff", f"{host} rests for {rest:.1f} s")
-            time.sleep(rest)
-
-    @contextmanager
-    def watching(self, host: str) -> Iterator[None]:
-        """Remember a FetchError that leaves the block."""
-        try:
-            yield
-        except FetchError as error:
-            if error.cause in _HOST_IS_WELL:
-                self.succeeded(host)
-            else:
-                self._failed(host, error.retry_after_s)
-            raise
-
-    def succeeded(self, host: str) -> None:
-        """The host answered as it should."""
-        with self._lock:
-            self._in_a_row.pop(host, None)
-
-    def _failed(self, host: str, retry_after_s: float) -> None:
-        now = time.monotonic()
-        with self._lock:
-            # Requests that were under way together are one failure.
-            if not self._first_s or self._free_at.get(host, 0.0) > now:
-                return
-            count = self._in_a_row[host] = self._in_a_row.get(host, 0) + 1
-            rest = max(self._first_s * 2.0 ** min(count - 1, 30), retry_after_s)
-            self._free_at[host] = now + min(rest, self._longest_s)
-
-
-_HOST_IS_WELL = frozenset(
-    {"empty", "http_400", "http_403", "http_404", "http_410", "private_address", "redirects", "too_large"}
-)
-"""Failures that say nothing against asking the same host for another picture at once."""
-
-
-def check_address(address: str, allowed: Sequence[Network] = ()) -> None:
-    """Raise FetchError unless ``address`` (an IP literal) is public, or in one of the ``allowed`` networks.
-
-    IPv4 addresses in IPv6 clothes (mapped, 6to4, NAT64) are judged as what they stand for.
-    """
-    ip: Any = ipaddress.ip_address(address.split("%")[0])
-    if ip.version == 6:
-        inner = ip.ipv4_mapped or ip.sixtofour
-        if inner is None and ip in _NAT64:
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        ip = inner or ip
-    if any(ip in network for network in allowed):
-        return
-    if not ip.is_global or ip.is_multicast or ip.is_reserved or ip.is_unspecified:
-        raise FetchError("private_address", address)
-
-
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+    def _take(self, count: int) -> int:
+        self._budget.take(count, self._ends)
+        return count
 
 
 class _Timed:
@@ -276,7 +229,7 @@ class _Connection(http.client.HTTPConnection):
         raise error or OSError("the name has no address")
 
     def _addresses(self) -> list[Any]:
-        found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        found = resolve(self.host, self.port, self.ends)
         for *_, address in found:
             check_address(str(address[0]), self.limits.allowed_networks)
         return found
@@ -326,10 +279,14 @@ class _HTTPSHandler(urllib.request.HTTPSHandler):
 class _RedirectHandler(urllib.request.HTTPRedirectHandler):
     max_redirections = MOST_REDIRECTS
 
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         request = super().redirect_request(req, fp, code, msg, headers, newurl)
         # The caller reads the redirect's own body to its end, however long: a closed one is empty.
         fp.close()
+        _heed(headers, self._limits.robot)
         if request is None or request.type not in ("http", "https"):
             raise FetchError("redirects", f"to {_line(newurl)}")
         request.ends = req.ends  # type: ignore[attr-defined]
@@ -344,7 +301,7 @@ def _explain(error: Exception) -> NoReturn:
         error.close()
         cause = "redirects" if 300 <= error.code < 400 else f"http_{error.code}"
         wait = str(error.headers.get("Retry-After", "")) if error.headers else ""
-        raise FetchError(cause, _line(error.reason), float(wait) if wait.isdigit() else 0.0) from None
+        raise FetchError(cause, _line(error.reason), _seconds_of(wait)) from None
     reason = error.reason if isinstance(error, urllib.error.URLError) else error
     if isinstance(reason, TimeoutError):
         cause = "timeout"
@@ -361,6 +318,25 @@ def _explain(error: Exception) -> NoReturn:
     else:
         cause = "other"
     raise FetchError(cause, f"{type(reason).__name__} {_line(reason)}") from None
+
+
+def _seconds_of(retry_after: str) -> float:
+    """Seconds that a Retry-After header asks for, as a number or as a date; 0 for what is neither."""
+    if retry_after.isascii() and retry_after.isdigit():
+        return float(retry_after[:9])
+    try:
+        when = parsedate_to_datetime(retry_after)
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+    when = when if when.tzinfo else when.replace(tzinfo=UTC)
+    return max((when - datetime.now(UTC)).total_seconds(), 0.0)
+
+
+def _heed(headers: Message, robot: str | None) -> None:
+    """Raise FetchError for an answer whose X-Robots-Tag asks ``robot`` to stay away."""
+    asked = opt_out(headers.get_all("X-Robots-Tag", []), robot) if robot is not None else None
+    if asked is not None:
+        raise FetchError("opt_out", _line(asked))
 
 
 def _line(value: Any) -> str:

@@ -76,7 +76,7 @@ def adopt(root_url: str, expect: ExpectConfig, everything: bool) -> Report:
     """
     started = time.monotonic()
     with only_run(root_url):
-        if storage.exists(storage.join(root_url, layout.PLAN)):
+        if layout.exists(storage.join(root_url, layout.PLAN)):
             raise UserError(f"{root_url} was downloaded by this command, it is no mirror; leave out source=mirror")
         names = list_shards(root_url)
         if not names:
@@ -210,12 +210,12 @@ def _read_tar(root_url: str, name: str) -> TarNotes:
 
 
 def _index(root_url: str, names: list[str], notes: Mapping[str, TarNotes]) -> int:
-    if storage.exists(storage.join(root_url, INDEX_NAME)):
-        index = SampleIndex.load(root_url)
+    if layout.exists(storage.join(root_url, INDEX_NAME)):
+        index = storage.patiently(SampleIndex.load, root_url)
         expected = [(name, notes[name].bytes, notes[name].samples) for name in names]
         if [(shard.name, shard.size, shard.samples) for shard in index.shards] == expected:
             return len(index)
-    index = build_index(root_url, names)
+    index = storage.patiently(build_index, root_url, names)
     usable = np.ones(len(index), np.bool_)
     for number, name in enumerate(names):
         if notes[name].unusable:
@@ -230,7 +230,7 @@ def _index(root_url: str, names: list[str], notes: Mapping[str, TarNotes]) -> in
             length=index.length[usable],
             key=index.key[usable],
         )
-        index.save()
+        storage.patiently(index.save)
     return len(index)
 
 
@@ -271,7 +271,7 @@ def _report(root_url: str, notes: Mapping[str, TarNotes], samples: int, seconds:
 def _write(root_url: str, report: Report) -> None:
     url, page = storage.join(root_url, layout.REPORT), storage.join(root_url, layout.PAGE)
     before = layout.read_json(url) or {}
-    if {**before, "seconds": None} != {**asdict(report), "seconds": None} or not storage.exists(page):
+    if {**before, "seconds": None} != {**asdict(report), "seconds": None} or not layout.exists(page):
         write_page(page, report)
         layout.write_json(url, asdict(report))
 

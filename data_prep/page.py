@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data_prep import layout
 from data_prep.causes import CAUSES
 from data_prep.report import Report
-from pacl_scale import storage
 from pacl_scale.pages import templates
 
 TEMPLATE = "data_report.html.j2"
@@ -22,7 +22,7 @@ STATUS_MEANINGS = {
 
 def write_page(url: str, report: Report) -> None:
     """Write the page to ``url``; a reader sees the old one or the new one."""
-    storage.write_bytes(url, as_page(report).encode())
+    layout.write_bytes(url, as_page(report).encode())
 
 
 def as_page(report: Report) -> str:

@@ -57,7 +57,7 @@ def read_verified(root_url: str) -> dict[str, str]:
 def remove_notes(root_url: str) -> None:
     """Delete what :func:`note_verified` wrote, once the report says the same."""
     for name in _notes(root_url):
-        storage.remove(_note_url(root_url, name))
+        layout.remove(_note_url(root_url, name))
 
 
 def _notes(root_url: str) -> list[str]:

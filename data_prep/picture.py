@@ -1,17 +1,18 @@
 """From a body of strange bytes to a JPEG of the wanted size: img2dataset's resizer behind a look at the header."""
 
 import io
+import re
 import warnings
 from typing import Any
 
 from img2dataset.resizer import Resizer
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from data_prep.causes import FetchError
 from data_prep.decontaminate import Excluded
+from data_prep.orientation import orientation, upright
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-ORIENTATION_TAG = 0x0112
 PNG_DEPTH_AT = 24
 """Offset of the bit depth in a PNG: eight bytes of signature, then length, type, width and height of IHDR."""
 
@@ -52,6 +53,9 @@ class PictureResizer(Resizer):
             picture = self._checked(img_stream.read())
         except FetchError as error:
             return None, None, None, None, None, str(error)
+        except Exception as error:
+            # img2dataset would lose the row of an error that leaves here, and with it the whole shard.
+            return None, None, None, None, None, f"not_an_image: {type(error).__name__} {error}"
         *result, error_message = super().__call__(picture, blurring_bbox_list)
         if error_message is not None:
             error_message = f"not_an_image: {error_message}"
@@ -62,22 +66,21 @@ class PictureResizer(Resizer):
         size = _size_of_plain_jpeg(content)
         if size is not None:
             self._check_size(*size)
-            _check_complete(content)
+            _check_scans(content, *size)
             if self._excluded is not None:
                 self._excluded.check(content)
             return io.BytesIO(content)
         try:
             with warnings.catch_warnings():
-                # The limit below is the caller's own, and nothing is decoded before it.
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                # Of size, where the limit below is the caller's own and nothing is decoded before it, and of EXIF.
+                warnings.simplefilter("ignore")
                 picture = Image.open(io.BytesIO(content), formats=FORMATS)
             with picture:
                 self._check_size(*picture.size)
                 if picture.format in ("JPEG", "MPO"):
-                    _check_complete(content)
+                    _check_scans(content, *picture.size)
                 deep = picture.format == "PNG" and content[PNG_DEPTH_AT] == 16
-                # A PNG without the tag would be decoded by getexif() to look for one behind its pixels.
-                turned = "exif" in picture.info and picture.getexif().get(ORIENTATION_TAG, 1) != 1
+                turned = orientation(picture) != 1
                 if self._excluded is not None:
                     self._excluded.check(content)
                 if deep or turned:
@@ -124,25 +127,45 @@ _SEGMENTS = frozenset({0xC4, 0xCC, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}) - {0xE
 """Markers that may come before it: tables, comments and applications' data, but not EXIF's, which may say "turn me"."""
 
 
-def _check_complete(content: bytes) -> None:
-    if content.endswith(b"\xff\xd9"):
-        return
-    # Within a scan 0xFF is always escaped, so the end marker must follow the start of the last scan.
-    if content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda"):
+MOST_SCANS = 100
+"""A progressive JPEG comes in about ten; each of them is a pass over all its pixels, and may be 50 bytes long."""
+
+MOST_SCANNED_PIXELS = 2_000_000_000
+"""Pixels times scans: about four seconds of decoding."""
+
+_END, _SCAN = b"\xff\xd9", b"\xff\xda"
+_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
+"""Whatever follows 0xFF but for fill bytes and what belongs to a scan: an escaped 0xFF, restart markers."""
+
+
+def _check_scans(content: bytes, width: int, height: int) -> None:
+    """Raise FetchError for a JPEG without an end, or one that takes too many passes to decode."""
+    most = min(MOST_SCANS, MOST_SCANNED_PIXELS // max(width * height, 1))
+    if content.endswith(_END) and content.count(_SCAN) <= most:
+        return  # nearly all; the walk below takes longer
+    at, scans = 2, 0
+    while (marker := _MARKER.search(content, at)) and marker[0] != _END:
+        scans += marker[0] == _SCAN
+        if scans > most:
+            raise FetchError("too_many_pixels", f"{width} x {height} in more than {most} scans")
+        # Only a second start and TEM have no length.
+        alone = marker[0] in (b"\xff\xd8", b"\xff\x01")
+        at = marker.end() + (0 if alone else max(int.from_bytes(content[marker.end() : marker.end() + 2], "big"), 2))
+    if marker is None:
         raise FetchError("truncated", "the JPEG has no end")
 
 
 def _redrawn(picture: Image.Image) -> io.BytesIO:
     """The same picture upright, on white, in 8 bits, as a BMP (the next decoder's cheapest format)."""
-    upright = ImageOps.exif_transpose(picture)
-    if upright.mode.startswith("I"):
+    turned = upright(picture)
+    if turned.mode.startswith("I"):
         # 16-bit grey: Pillow's own conversion clips instead of scaling.
-        upright = upright.convert("I").point(lambda value: value / 256).convert("L")
-    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-        layer = upright.convert("RGBA")
-        upright = Image.new("RGB", layer.size, "white")
-        upright.paste(layer, mask=layer)
+        turned = turned.convert("I").point(lambda value: value / 256).convert("L")
+    if turned.mode in ("RGBA", "LA", "PA") or "transparency" in turned.info:
+        layer = turned.convert("RGBA")
+        turned = Image.new("RGB", layer.size, "white")
+        turned.paste(layer, mask=layer)
     stream = io.BytesIO()
-    upright.convert("RGB").save(stream, "BMP")
+    turned.convert("RGB").save(stream, "BMP")
     stream.seek(0)
     return stream

@@ -8,9 +8,9 @@ import html
 import json
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b, sha256
 from itertools import islice
@@ -113,6 +113,7 @@ class Plan:
         left_out: rows that do not, by cause.
         shards: number of shards.
         samples_per_shard: rows of each but the last.
+        stamps: of the list and its second file; while they are the same, neither is read again.
     """
 
     fingerprint: str
@@ -125,6 +126,7 @@ class Plan:
     shards: int
     samples_per_shard: int
     left_out: dict[str, int] = field(default_factory=dict)
+    stamps: list[str] = field(default_factory=list)
 
 
 def prepare(
@@ -135,39 +137,50 @@ def prepare(
     metadata_url: str | None = None,
     expect: ExpectConfig = NOTHING_EXPECTED,
 ) -> Plan:
-    """Write the prepared lists below ``root_url`` and return the plan; a finished one is only read.
+    """Write the prepared lists below ``root_url`` and return the plan.
+
+    A finished one is only read; of one that was killed, the lists that are there stay.
 
     Raises:
         UserError: the list is missing, empty, not the expected one, or none of its rows is usable (then nothing is
             written); or ``root_url`` holds the data set of another list or other settings.
     """
-    list_sha256 = sources.sha256_of(list_url)
+    sources.require_file(list_url, source)
+    stamps = [sources.stamp_of(list_url)]
+    if metadata_url:
+        sources.require_file(metadata_url, source)
+        stamps.append(sources.stamp_of(metadata_url))
+    before = layout.read_json(storage.join(root_url, layout.PLAN))
+    if before is not None and before.get("stamps") == stamps:
+        known = _as_plan(before, root_url)
+        list_sha256, metadata_sha256 = known.list_sha256, known.metadata_sha256
+    else:
+        list_sha256 = sources.sha256_of(list_url)
+        metadata_sha256 = sources.sha256_of(metadata_url) if metadata_url else None
     expect.check_file(list_url, list_sha256, expect.sha256)
-    metadata_sha256 = sources.sha256_of(metadata_url) if metadata_url else None
     if metadata_url and metadata_sha256:
         expect.check_file(metadata_url, metadata_sha256, expect.metadata_sha256)
     fingerprint = _fingerprint(f"{list_sha256} {metadata_sha256}", source, config)
-    before = layout.read_json(storage.join(root_url, layout.PLAN))
     if before is not None:
         return _same_plan(before, fingerprint, root_url)
     if layout.file_sizes(root_url, ".tar"):
         raise UserError(f"{root_url} holds tars that this command did not make; choose another output")
-    # Without a plan these are what a killed run left.
-    storage.remove(storage.join(root_url, layout.LIST_FOLDER))
+    if expect.rows is not None:
+        expect.check_rows(list_url, sources.count_rows(list_url, source))
+    there = _prepared_before(root_url, fingerprint)
     left_out: Counter[str] = Counter()
     rows_of_list = sources.read_rows(list_url, source, metadata_url)
     clean = _without_duplicates(_clean_rows(rows_of_list, config, left_out), left_out)
     rows = shards = 0
-    for table in progress(_with_nouns(_cut(clean, config.samples_per_shard), config), "prepare", unit="shard"):
-        storage.write_bytes(layout.list_url(root_url, shards), as_parquet(table))
-        rows, shards = rows + table.num_rows, shards + 1
+    made = _with_nouns(_cut(clean, config.samples_per_shard), config, there)
+    for count, table in progress(made, "prepare", unit="shard"):
+        if table is not None:
+            if not shards:
+                layout.write_json(storage.join(root_url, layout.PREPARING), {"fingerprint": fingerprint})
+            layout.write_bytes(layout.list_url(root_url, shards), as_parquet(table))
+        rows, shards = rows + count, shards + 1
     if not rows:
         raise UserError(_why_nothing(list_url, left_out))
-    try:
-        expect.check_rows(list_url, rows + left_out.total())
-    except UserError:
-        storage.remove(storage.join(root_url, layout.LIST_FOLDER))
-        raise
     plan = Plan(
         fingerprint=fingerprint,
         source=source.name,
@@ -179,10 +192,23 @@ def prepare(
         shards=shards,
         samples_per_shard=config.samples_per_shard,
         left_out=dict(left_out.most_common()),
+        stamps=stamps,
     )
     layout.write_json(storage.join(root_url, layout.PLAN), asdict(plan))
+    layout.remove(storage.join(root_url, layout.PREPARING))
     log.info("prepared", rows=rows, shards=shards, left_out=plan.left_out or None)
     return plan
+
+
+def _prepared_before(root_url: str, fingerprint: str) -> frozenset[int]:
+    """Shards whose lists a run that was killed has written from the same list; what others have written is removed."""
+    folder = storage.join(root_url, layout.LIST_FOLDER)
+    before = layout.read_json(storage.join(root_url, layout.PREPARING))
+    if before is None or before.get("fingerprint") != fingerprint:
+        layout.remove(folder)
+        return frozenset()
+    names = layout.file_sizes(folder, ".parquet")
+    return frozenset(int(name.partition(".")[0]) for name in names if name.partition(".")[0].isdigit())
 
 
 def read_plan(root_url: str) -> Plan:
@@ -326,18 +352,28 @@ def _cut(rows: Iterable[tuple[int, str, str]], size: int) -> Iterator[list[tuple
         yield piece
 
 
-def _with_nouns(pieces: Iterable[list[tuple[int, str, str]]], config: PrepareConfig) -> Iterator[pa.Table]:
-    """One table a piece, in order; with several processes a few pieces are worked on at a time."""
+def _with_nouns(
+    pieces: Iterable[list[tuple[int, str, str]]], config: PrepareConfig, there: frozenset[int] = frozenset()
+) -> Iterator[tuple[int, pa.Table | None]]:
+    """Rows and table of each piece, in order; no table for those that are ``there``.
+
+    With several processes a few pieces are worked on at a time.
+    """
+    numbered = enumerate(pieces)
     if not config.nouns or config.noun_processes == 1:
-        for piece in pieces:
-            yield _table(piece, config.nouns)
+        for number, piece in numbered:
+            yield len(piece), None if number in there else _table(piece, config.nouns)
         return
     with ProcessPoolExecutor(config.noun_processes, mp_context=get_context("spawn")) as processes:
-        pieces = iter(pieces)
-        waiting = [processes.submit(_table, piece, True) for piece in islice(pieces, 2 * config.noun_processes)]
+
+        def begin(number: int, piece: list[tuple[int, str, str]]) -> tuple[int, Future[pa.Table] | None]:
+            return len(piece), None if number in there else processes.submit(_table, piece, True)
+
+        waiting = deque(begin(*piece) for piece in islice(numbered, 2 * config.noun_processes))
         while waiting:
-            yield waiting.pop(0).result()
-            waiting.extend(processes.submit(_table, piece, True) for piece in islice(pieces, 1))
+            count, tagged = waiting.popleft()
+            yield count, None if tagged is None else tagged.result()
+            waiting.extend(begin(*piece) for piece in islice(numbered, 1))
 
 
 def _table(piece: Sequence[tuple[int, str, str]], with_nouns: bool) -> pa.Table:

@@ -140,7 +140,7 @@ def _count_pending(root_url: str, plan: Plan, rounds: Sequence[Round], sound: Ma
     planned = plan.shards + sum(round.shards for round in rounds)
 
     def rows_of(shard: int) -> int:
-        return pq.read_metadata(BytesIO(storage.read_bytes(layout.list_url(root_url, shard)))).num_rows
+        return pq.read_metadata(BytesIO(layout.read_bytes(layout.list_url(root_url, shard)))).num_rows
 
     with ThreadPoolExecutor(THREADS) as threads:
         return sum(threads.map(rows_of, sorted(set(range(planned)) - set(sound))))

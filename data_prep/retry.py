@@ -117,7 +117,7 @@ def plan_round(
     pieces = _pieces(_spread(failed), samples_per_shard)
     for shard, piece in enumerate(pieces, start=first_shard):
         table = pa.Table.from_pylist(piece, LIST_SCHEMA)
-        storage.write_bytes(layout.list_url(root_url, shard), as_parquet(table))
+        layout.write_bytes(layout.list_url(root_url, shard), as_parquet(table))
     planned = Round(
         first_shard=first_shard,
         shards=-(-len(failed) // samples_per_shard),
@@ -142,7 +142,7 @@ def retried_later(root_url: str, plan: Plan, rounds: Sequence[Round], shard: int
     ids: set[int] = set()
     for number in later:
         if number >= max(own, plan.shards):
-            content = pa.BufferReader(storage.read_bytes(layout.list_url(root_url, number)))
+            content = pa.BufferReader(layout.read_bytes(layout.list_url(root_url, number)))
             ids.update(pq.read_table(content, columns=["id"])["id"].to_pylist())
     return frozenset(ids)
 
@@ -153,7 +153,7 @@ def _latest_failures(root_url: str, shards: int, causes: frozenset[str]) -> list
     for shard in range(shards):
         url = storage.join(root_url, f"{layout.shard_name(shard)}.parquet")
         columns = [*LIST_SCHEMA.names, "cause"]
-        for row in pq.read_table(BytesIO(storage.read_bytes(url)), columns=columns).to_pylist():
+        for row in pq.read_table(BytesIO(layout.read_bytes(url)), columns=columns).to_pylist():
             if row["cause"] in causes:
                 failed[row["id"]] = row
             else:

@@ -48,21 +48,24 @@ class ShardDownloader(Downloader):
         self.skipped = skipped
         self.scratch = scratch
 
-    def download_shard(self, row: tuple[int, str]) -> tuple[int, int]:
-        """Make the shard ``row[0]`` from the prepared list at ``row[1]``; returns its rows and samples.
+    def make(self, row: tuple[int, str]) -> tuple[int, int, dict[str, int]]:
+        """Make the shard ``row[0]`` from the prepared list at ``row[1]``.
+
+        Returns:
+            Its rows, its samples, and its failures by cause.
 
         Raises:
             BadShard: what was made contradicts itself.
-            UserError: the list cannot be read, or the store does not take the shard.
+            UserError, RunFailed: the list cannot be read, or the store does not take the shard.
         """
         shard, list_url = row
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
             arrow = os.path.join(folder, "list.feather")
-            _as_feather(storage.read_bytes(list_url), arrow, self.skipped)
+            _as_feather(layout.read_bytes(list_url), arrow, self.skipped)
             # The base class writes where its output_folder says; other shards of this object must not follow.
             local = copy.copy(self)
             local.output_folder = folder
-            Downloader.download_shard(local, (shard, arrow))
+            local.download_shard((shard, arrow))
             base = os.path.join(folder, layout.shard_name(shard))
             made = _complete_stats(base)
             self._put(base, storage.join(self.root_url, layout.shard_name(shard)))
@@ -70,7 +73,7 @@ class ShardDownloader(Downloader):
 
     def _put(self, local: str, remote: str) -> None:
         for suffix in (".tar", ".parquet", layout.STATS_SUFFIX):
-            layout.upload(local + suffix, remote + suffix)
+            layout.upload_patiently(local + suffix, remote + suffix)
 
 
 class _HashedFile:
@@ -170,8 +173,10 @@ def _as_feather(parquet: bytes, path: str, skipped: frozenset[int]) -> None:
         writer.write_table(table)
 
 
-def _complete_stats(base: str) -> tuple[int, int]:
-    """Add to img2dataset's counts what the writer knows of the finished local shard; returns its rows and samples.
+def _complete_stats(base: str) -> tuple[int, int, dict[str, int]]:
+    """Add to img2dataset's counts what the writer knows of the finished local shard.
+
+    Returns its rows, its samples, and its failures by cause.
 
     What was written is read back from its place later (:func:`data_prep.verify.verify`), to the last member, and held
     against this checksum, which was taken on the way to the disk.
@@ -188,4 +193,4 @@ def _complete_stats(base: str) -> tuple[int, int]:
         raise BadShard(f"{os.path.basename(base)}: other rows or samples were written than its counts say: {counted}")
     with open(base + layout.STATS_SUFFIX, "w", encoding="utf-8") as file:
         json.dump(stats | written, file, indent=2)
-    return counted
+    return *counted, written["causes"]

@@ -5,7 +5,9 @@ import hashlib
 import io
 import re
 import sys
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, BinaryIO
@@ -122,6 +124,38 @@ def get(name: str) -> Source:
     return SOURCES[name]
 
 
+def require_file(url: str, source: Source) -> None:
+    """Raise UserError if a list, or its metadata, is not there; it says where such a file is published."""
+    if storage.exists(url):
+        return
+    where = f"; {source.name} comes from {source.page} ({source.licence}): {source.quirks}" if source.page else ""
+    raise UserError(f"{url}: there is no such file{where}")
+
+
+def count_rows(url: str, source: Source) -> int:
+    """Rows of a list, as many as :func:`read_rows` gives; the metadata of a source that has some is not read.
+
+    Raises:
+        UserError: as :func:`read_rows`.
+    """
+    if source.needs_metadata:
+        with _as_its_name_says(url):
+            return len(_photo_ids(url))
+    return sum(1 for _ in read_rows(url, source))
+
+
+def stamp_of(url: str) -> str:
+    """What changes when a file does, without reading it: its size, and its time or the store's tag.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    files, path = storage.filesystem(url)
+    with storage.explained(url):
+        info = files.info(path)
+    return " ".join(str(info.get(key)) for key in ("size", "ETag", "mtime", "LastModified", "updated"))
+
+
 def read_rows(url: str, source: Source, metadata_url: str | None = None) -> Iterator[Row]:
     """Stream the rows of a list; memory does not grow with its length.
 
@@ -136,7 +170,7 @@ def read_rows(url: str, source: Source, metadata_url: str | None = None) -> Iter
         UserError: no such file, no such format, not the format that its name says.
     """
     name = url.lower().removesuffix(".gz").removesuffix(".bz2")
-    try:
+    with _as_its_name_says(url):
         if source.needs_metadata:
             yield from _yfcc_rows(url, str(metadata_url))
         elif name.endswith(".parquet"):
@@ -147,7 +181,13 @@ def read_rows(url: str, source: Source, metadata_url: str | None = None) -> Iter
             yield from _tsv_rows(url, source)
         else:
             raise UserError(f"{url}: the list must be a .tsv, .csv or .parquet file (.tsv.gz, .csv.bz2)")
-    except (pa.ArrowInvalid, OSError, EOFError, csv.Error) as error:
+
+
+@contextmanager
+def _as_its_name_says(url: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError, EOFError, csv.Error, zlib.error) as error:
         raise UserError(f"{url} cannot be read to its end as what its name says: {error}") from error
 
 
@@ -174,7 +214,8 @@ def _text(url: str) -> io.TextIOWrapper:
     # Only "\n" ends a row: captions hold stray "\r", "\x85" and broken UTF-8, and none of them is fatal.
     compressions = {".gz": "gzip", ".bz2": "bz2"}
     stream = _open(url, compressions.get(url[url.rfind(".") :].lower()))
-    return io.TextIOWrapper(stream, encoding="utf-8", errors="replace", newline="\n")
+    # utf-8-sig: a spreadsheet's CSV begins with a byte order mark.
+    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="\n")
 
 
 def _tsv_rows(url: str, source: Source) -> Iterator[Row]:
@@ -227,6 +268,7 @@ YFCC_CHUNK_LINES = 20_000
 LONGEST_DESCRIPTION = 200
 """Characters of a Flickr description that go into a caption: what follows is mostly about cameras and rights."""
 
+_PHOTO_ID = re.compile(r"[0-9]{1,18}")
 _TAG = re.compile(r"<[^<>]*>")
 _CAMERA_NAME = re.compile(
     r"(img|dsc|dscn|dscf|dcp|pict|photo|image|cimg|p|_?mg|sam|hpim)?[\s_-]*\d+[\s\d_().-]*(jpe?g)?", re.I
@@ -240,7 +282,7 @@ def _yfcc_rows(url: str, metadata_url: str) -> Iterator[Row]:
     with _text(metadata_url) as lines:
         while chunk := list(islice(lines, YFCC_CHUNK_LINES)):
             rows = [line.rstrip("\r\n").split("\t") for line in chunk]
-            rows = [row for row in rows if len(row) == YFCC_COLUMNS and row[YFCC_PHOTO].isdigit()]
+            rows = [row for row in rows if len(row) == YFCC_COLUMNS and _PHOTO_ID.fullmatch(row[YFCC_PHOTO])]
             if not rows or not len(wanted):
                 continue
             photos = np.array([int(row[YFCC_PHOTO]) for row in rows], np.int64)
@@ -259,7 +301,7 @@ def _photo_ids(url: str) -> np.ndarray:
     with _text(url) as lines:
         while chunk := list(islice(lines, YFCC_CHUNK_LINES)):
             fields = [line.split("\t") for line in chunk]
-            ids = [int(field[1]) for field in fields if len(field) == 3 and field[1].isdigit()]
+            ids = [int(field[1]) for field in fields if len(field) == 3 and _PHOTO_ID.fullmatch(field[1])]
             if len(ids) < sum(1 for line in chunk if line.strip()):
                 raise UserError(f"{url} is not a list of line number, photo id and hash in three columns")
             blocks.append(np.array(ids, np.int64))

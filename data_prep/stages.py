@@ -124,10 +124,11 @@ def _fetch(work: Work, shards: Sequence[int], backoff_s: float) -> None:
         return
     config = work.config
     skipped = {shard: retried_later(config.output, work.plan, work.rounds, shard) for shard in shards}
-    faults = fetch(config.output, skipped, work.plan.samples_per_shard, config.fetch, backoff_s)
+    is_retry = shards[0] >= work.plan.shards
+    faults = fetch(config.output, skipped, work.plan.samples_per_shard, config.fetch, backoff_s, is_retry)
     if faults:
         shard = min(faults)
-        raise UserError(
+        raise RunFailed(
             f"{len(faults)} of {len(shards)} shards could not be made, {layout.shard_name(shard)} because: "
             f"{faults[shard]}; the same command continues"
         )
@@ -187,16 +188,16 @@ def finish(work: Work, sound: dict[int, TarFacts]) -> Report:
 def index(root: str, sound: dict[int, TarFacts]) -> int:
     """Number of samples in the index; it is built unless it fits the shards."""
     expected = [(facts.name, facts.bytes, facts.samples) for facts in sound.values()]
-    if storage.exists(storage.join(root, INDEX_NAME)):
-        found = SampleIndex.load(root)
+    if layout.exists(storage.join(root, INDEX_NAME)):
+        found = storage.patiently(SampleIndex.load, root)
         if [(shard.name, shard.size, shard.samples) for shard in found.shards] == expected:
             return len(found)
-    return len(build_index(root, [facts.name for facts in sound.values()]))
+    return len(storage.patiently(build_index, root, [facts.name for facts in sound.values()]))
 
 
 def indexed(root: str) -> int:
     """Number of samples in the index, 0 if there is none."""
-    return len(SampleIndex.load(root)) if storage.exists(storage.join(root, INDEX_NAME)) else 0
+    return len(storage.patiently(SampleIndex.load, root)) if layout.exists(storage.join(root, INDEX_NAME)) else 0
 
 
 def account(work: Work, sound: dict[int, TarFacts], samples: int) -> Report:
@@ -208,7 +209,7 @@ def account(work: Work, sound: dict[int, TarFacts], samples: int) -> Report:
     if not report.adds_up:
         raise RunFailed(f"{work.root}: the account does not add up, please report this: {as_table(report, work.root)}")
     page = storage.join(work.root, layout.PAGE)
-    if {**before, "seconds": None} != {**asdict(report), "seconds": None} or not storage.exists(page):
+    if {**before, "seconds": None} != {**asdict(report), "seconds": None} or not layout.exists(page):
         write_page(page, report)
         layout.write_json(url, asdict(report))
     remove_notes(work.root)
@@ -243,7 +244,7 @@ def discard(root: str, plan: Plan) -> None:
     """Leave nothing of a data set without a single sample, so that the next attempt starts afresh."""
     for shard in range(plan.shards):
         layout.remove_shard(root, shard)
-    storage.remove(storage.join(root, layout.LIST_FOLDER))
+    layout.remove(storage.join(root, layout.LIST_FOLDER))
 
 
 @contextmanager

@@ -119,7 +119,7 @@ def _hosts(urls: pa.ChunkedArray) -> pa.Array:
 
 def _tables(root_url: str, shards: Sequence[int]) -> Iterable[tuple[int, pa.Table]]:
     def read(shard: int) -> pa.Table:
-        content = storage.read_bytes(storage.join(root_url, f"{layout.shard_name(shard)}.parquet"))
+        content = layout.read_bytes(storage.join(root_url, f"{layout.shard_name(shard)}.parquet"))
         return pq.read_table(pa.BufferReader(content), columns=COLUMNS)
 
     with ThreadPoolExecutor(THREADS) as threads:

@@ -57,7 +57,7 @@ def _uploads(files: Any, bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
 def _remove_half_copies(root_url: str, part: Part) -> int:
     names = [name for name in layout.file_sizes(root_url, ".part") if _is_of(part, name.rsplit(".", 2)[0])]
     for name in names:
-        storage.remove(storage.join(root_url, name))
+        layout.remove(storage.join(root_url, name))
     return len(names)
 
 

@@ -92,7 +92,7 @@ def check_shard(tar: BinaryIO, parquet: BinaryIO, stats: Mapping[str, Any], name
     facts = check_tar(tar, name)
     try:
         status = pq.read_table(parquet, columns=["status"])["status"].to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, KeyError) as error:
         raise BadShard(f"{name}: its parquet file cannot be read ({error})") from error
     counts = {key: status.count(key) for key in ("success", "failed_to_download", "failed_to_resize")}
     claims = {
@@ -137,13 +137,13 @@ def _verify_one(root_url: str, shard: int) -> TarFacts | str:
     base = storage.join(root_url, layout.shard_name(shard))
     stats_url, parquet_url, tar_url = base + layout.STATS_SUFFIX, f"{base}.parquet", f"{base}.tar"
     try:
-        missing = [posixpath.basename(url) for url in (tar_url, parquet_url) if not storage.exists(url)]
+        missing = [posixpath.basename(url) for url in (tar_url, parquet_url) if not layout.exists(url)]
         if missing:
             raise BadShard(f"{base}: {' and '.join(missing)} is missing")
-        stats = json.loads(storage.read_bytes(stats_url))
+        stats = json.loads(layout.read_bytes(stats_url))
         if not isinstance(stats, dict):
             raise ValueError("not an object")
-        parquet = io.BytesIO(storage.read_bytes(parquet_url))
+        parquet = io.BytesIO(layout.read_bytes(parquet_url))
         with tempfile.SpooledTemporaryFile(MEMORY_BYTES) as local:
             fetch_tar(tar_url, local)  # type: ignore[arg-type]
             return check_shard(local, parquet, stats, tar_url)  # type: ignore[arg-type]
@@ -154,7 +154,17 @@ def _verify_one(root_url: str, shard: int) -> TarFacts | str:
 
 
 def fetch_tar(url: str, local: BinaryIO) -> None:
-    """Copy a remote tar into a local file, a few megabytes at a time. Raises UserError where it cannot be read."""
+    """Copy a remote tar into a local file, a few megabytes at a time.
+
+    Raises:
+        UserError, RunFailed: it cannot be read.
+    """
+    storage.patiently(_fetch_tar, url, local)
+
+
+def _fetch_tar(url: str, local: BinaryIO) -> None:
+    local.seek(0)
+    local.truncate()
     files, path = storage.filesystem(url)
     with storage.explained(url), files.open(path, "rb", block_size=COPY_BYTES) as remote:
         while chunk := remote.read(COPY_BYTES):

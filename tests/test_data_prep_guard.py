@@ -1,34 +1,29 @@
 """What the web may and may not do to a download, against a loopback farm that tries."""
 
-import io
+import dataclasses
 import ipaddress
+import re
 import socket
 import ssl
 import subprocess
 import threading
 import time
 import urllib.request
-import warnings
 from collections.abc import Iterator
+from email.utils import formatdate
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from PIL import Image
 from web_farm import WebFarm, draw, encoded
 
-from data_prep.causes import CAUSES, OPT_OUT_MESSAGE, FetchError, cause_of
-from data_prep.guard import GuardedOpener, Limits, check_address
+import data_prep
+from data_prep import guard
+from data_prep.addresses import check_address
+from data_prep.causes import CAUSES, FetchError, cause_of
+from data_prep.guard import GuardedOpener, Limits
+from data_prep.robots import opt_out
 
 LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"),)
-
-with warnings.catch_warnings():
-    # img2dataset imports a module of the standard library that is on its way out.
-    warnings.simplefilter("ignore")
-    from data_prep import picture
-    from data_prep.picture import PictureResizer
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +39,7 @@ def opener(**changes: object) -> GuardedOpener:
         "body_bytes": 200_000,
         "allowed_networks": LOOPBACK,
         "user_agent": "tests/1 (mailto:me@example.org)",
+        "robot": "pacl-scale",
     }
     return GuardedOpener(Limits(**{**values, **changes}))
 
@@ -66,7 +62,9 @@ def test_a_sound_picture_and_who_asks(farm: WebFarm) -> None:
         ("gone/1", "http_410"),
         ("error/1", "http_500"),
         ("busy/1", "http_429"),
-        ("reset/1", "truncated"),
+        ("cut/1", "truncated"),
+        ("reset/1", "connection"),
+        ("shyredirect/1", "opt_out"),
         ("silent/1", "timeout"),
         ("slowheaders/1", "timeout"),
         ("slowbody/1", "timeout"),
@@ -139,6 +137,9 @@ def test_other_schemes_are_not_spoken(url: str) -> None:
         "::ffff:10.0.0.1",
         "2002:7f00:1::",
         "64:ff9b::7f00:1",
+        "fec0::1",
+        "2001:470:1:2:0:5efe:10.0.0.1",
+        "2001:470:1:2:200:5efe:127.0.0.1",
     ],
 )
 def test_addresses_that_are_not_public(address: str) -> None:
@@ -159,6 +160,34 @@ def test_loopback_is_refused_by_default_before_a_connection_is_made(farm: WebFar
     with pytest.raises(FetchError, match="private_address"):
         fetch(farm.url("ok/private").replace("127.0.0.1", "2130706433"), allowed_networks=())
     assert farm.requests["ok/private"] == 0
+
+
+def test_a_redirect_to_a_name_of_this_machine_is_refused(farm: WebFarm) -> None:
+    """Loopback is allowed as 127.0.0.1 here, and the name leads to another address of it."""
+    only = (ipaddress.ip_network("127.0.0.1/32"),)
+    answers = {"localhost": "127.0.0.2"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            socket,
+            "getaddrinfo",
+            lambda host, port, **options: [
+                (socket.AF_INET, socket.SOCK_STREAM, 6, "", (answers.get(host, host), port))
+            ],
+        )
+        with pytest.raises(FetchError, match=r"private_address: 127\.0\.0\.2"):
+            fetch(farm.url("toname/name.jpg"), allowed_networks=only)
+        answers["localhost"] = "127.0.0.1"
+        assert fetch(farm.url("toname/7.jpg"), allowed_networks=only) == encoded(draw(7))
+
+
+def test_a_silent_name_server_does_not_hold_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: over.wait(30) or [])
+    started = time.monotonic()
+    with pytest.raises(FetchError, match="^timeout: .*name server"):
+        fetch("http://silent.example/x.jpg", deadline_s=0.3)
+    over.set()
+    assert time.monotonic() - started < 15
 
 
 def test_a_name_is_resolved_once(farm: WebFarm, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,6 +258,10 @@ def test_tls(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listener.close()
 
 
+def guarded_host(farm: WebFarm) -> str:
+    return farm.url("").split("/")[2]
+
+
 def test_a_failing_host_rests_longer_each_time(farm: WebFarm) -> None:
     guarded = opener(backoff_s=0.2)
     taken = []
@@ -242,7 +275,7 @@ def test_a_failing_host_rests_longer_each_time(farm: WebFarm) -> None:
         taken.append(time.monotonic() - started)
     # Lower bounds only: how long a busy machine takes beyond the rest says nothing.
     assert taken[1] > 0.19 and taken[2] > 0.38 and taken[3] > 0.78
-    assert guarded._gate._in_a_row == {}
+    assert guarded._gate._rests == {guarded_host(farm): (0.0, 0)}
 
 
 def test_a_server_that_says_when_is_believed(farm: WebFarm) -> None:
@@ -254,119 +287,106 @@ def test_a_server_that_says_when_is_believed(farm: WebFarm) -> None:
     assert time.monotonic() - started > 0.9
 
 
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("7", 7),
+        (formatdate(time.time() + 3600, usegmt=True), 3600),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
+        ("\u00b2", 0),
+        ("soon", 0),
+        ("9" * 400, 999_999_999),
+    ],
+)
+def test_when_a_server_wants_to_be_asked_again(header: str, seconds: float) -> None:
+    assert guard._seconds_of(header) == pytest.approx(seconds, abs=120)
+
+
+def test_processes_tell_each_other_which_hosts_rest(tmp_path: Path, farm: WebFarm) -> None:
+    rests = str(tmp_path / "hosts")
+    with pytest.raises(FetchError, match="http_500"):
+        fetch(farm.url("error/9"), backoff_s=60.0, rests=rests)
+    with pytest.raises(FetchError, match="^backoff: "):
+        fetch(farm.url("ok/10.jpg"), backoff_s=60.0, rests=rests, deadline_s=5.0)
+    assert farm.requests["ok/10.jpg"] == 0
+    assert len(list(tmp_path.glob("hosts/*"))) == 1
+
+
 def test_nobody_waits_for_a_host_that_rests_too_long(farm: WebFarm) -> None:
     guarded = opener(backoff_s=60.0, deadline_s=5.0)
-    guarded._gate._free_at["127.0.0.1:1"] = time.monotonic() + 30
+    guarded._gate._rests["127.0.0.1:1"] = (time.monotonic() + 30, 1)
     started = time.monotonic()
     with pytest.raises(FetchError, match="^backoff: "):
         guarded.open("http://127.0.0.1:1/x.jpg", timeout=30)
     assert time.monotonic() - started < 4
 
 
+@pytest.mark.parametrize(
+    ("header", "asks"),
+    [
+        ("noai", True),
+        ("NoIndex, nofollow", True),
+        ("none", True),
+        ("unavailable_after: 25 Jun 2030 15:00:00 PST, noai", True),
+        ("unavailable_after: Tue, 25 Jun 2030 15:00:00 GMT, noai", True),
+        ("max-snippet: 5, noimageai", True),
+        ("pacl-scale: noai", True),
+        ("otherbot: nofollow, noai", False),
+        ("otherbot: noai, pacl-scale: noindex", True),
+        ("nofollow", False),
+        ("", False),
+        ("::,,:", False),
+    ],
+)
+def test_robots_tags(header: str, asks: bool) -> None:
+    assert (opt_out([header], "pacl-scale") is not None) == asks
+
+
+def test_opt_outs_are_heeded_unless_told_otherwise(farm: WebFarm) -> None:
+    for path in ("noai/1", "shyredirect/1"):
+        with pytest.raises(FetchError, match="^opt_out: noai"):
+            fetch(farm.url(path))
+    assert fetch(farm.url("noai/4"), robot=None) == fetch(farm.url("shyredirect/4"), robot=None) == encoded(draw(4))
+
+
+# Bytes held at a time
+
+
+def test_bodies_wait_for_room_and_give_back_what_they_took(farm: WebFarm) -> None:
+    guarded = opener(held_bytes=1 << 21)
+    size = len(encoded(draw(7)))
+    for path in ("ok/7.jpg", "unannounced/7"):
+        with guarded.open(farm.url(path)) as body:
+            assert body.read()
+    assert guarded.budget.free == (1 << 21) - size - size // 2
+    guarded.budget.give_back(size + size // 2)
+    for path in ("endless/1", "announced/1", "cut/1", "empty/1", "reset/1"):
+        with pytest.raises(FetchError), guarded.open(farm.url(path)) as body:
+            body.read()
+    assert guarded.budget.free == 1 << 21
+    guarded.budget.take((1 << 21) - 10, ends=0.0)
+    got: list[bytes] = []
+    with guarded.open(farm.url("ok/7.jpg")) as body:
+        waiting = threading.Thread(target=lambda: got.append(body.read()))
+        waiting.start()
+        waiting.join(0.2)
+        assert waiting.is_alive() and not got
+        guarded.budget.give_back((1 << 21) - 10)
+        waiting.join(10)
+    assert len(got[0]) == size
+    guarded.budget.take(guarded.budget.free, ends=0.0)
+    guarded.limits = dataclasses.replace(guarded.limits, deadline_s=0.3)
+    with pytest.raises(FetchError, match="^timeout: .*large bodies"), guarded.open(farm.url("ok/7.jpg")) as body:
+        body.read()
+
+
 def test_every_cause_is_explained() -> None:
-    assert cause_of(OPT_OUT_MESSAGE) == "opt_out"
+    raised = set()
+    for path in Path(data_prep.__file__).parent.glob("*.py"):
+        raised |= set(re.findall(r'(?:FetchError\(|cause = |None, f)"([a-z_]+)(?=[":])', path.read_text()))
+    assert raised >= {"dns", "decoder", "evaluation_picture", "opt_out", "too_many_pixels", "timeout", "retried"}
+    assert raised <= set(CAUSES), "a cause that nothing explains"
+    assert set(CAUSES) <= raised, "an explanation of what is never said"
     assert cause_of("http_503: Service Unavailable") == "http_503"
     assert cause_of("something new") == "other"
     assert all(explanation for explanation in CAUSES.values())
-
-
-# Pictures
-
-
-@pytest.fixture(scope="module")
-def resizer() -> PictureResizer:
-    return PictureResizer(
-        most_pixels=2_000_000,
-        smallest_side=16,
-        largest_aspect_ratio=20,
-        image_size=48,
-        resize_mode="keep_ratio",
-        resize_only_if_bigger=True,
-    )
-
-
-def resized(resizer: PictureResizer, content: bytes) -> tuple[Image.Image | None, str | None]:
-    encoded_picture, width, height, _, _, error = resizer(io.BytesIO(content))
-    if error is not None:
-        return None, error
-    picture = Image.open(io.BytesIO(encoded_picture))
-    assert picture.format == "JPEG" and picture.size == (width, height)
-    return picture, None
-
-
-def looks_like(picture: Image.Image | None, original: Image.Image) -> bool:
-    assert picture is not None
-    wanted = np.asarray(original.convert("RGB").resize(picture.size), np.float32)
-    return float(np.abs(np.asarray(picture.convert("RGB"), np.float32) - wanted).mean()) < 12
-
-
-@pytest.mark.parametrize("path", ["ok/5", "png/5", "webp/5", "gif/5", "cmyk/5", "wrongtype/5"])
-def test_kinds_of_pictures(farm: WebFarm, resizer: PictureResizer, path: str) -> None:
-    picture, _ = resized(resizer, fetch(farm.url(path)))
-    assert picture is not None and picture.size == (72, 48)
-    assert looks_like(picture, draw(5))
-
-
-def test_grey_pictures_of_8_and_16_bits(farm: WebFarm, resizer: PictureResizer) -> None:
-    for path in ("grey/5", "deeppng/5"):
-        picture, _ = resized(resizer, fetch(farm.url(path)))
-        assert looks_like(picture, draw(5).convert("L"))
-
-
-def test_a_rotated_picture_is_put_upright(farm: WebFarm, resizer: PictureResizer) -> None:
-    picture, _ = resized(resizer, fetch(farm.url("rotated/5")))
-    assert picture is not None and picture.size == (48, 72)
-    assert looks_like(picture, draw(5, (64, 96)))
-
-
-def test_transparency_becomes_white(farm: WebFarm, resizer: PictureResizer) -> None:
-    picture, _ = resized(resizer, fetch(farm.url("clearpng/5")))
-    assert looks_like(picture, Image.new("RGB", (96, 64), "white"))
-
-
-@pytest.mark.parametrize(
-    ("path", "cause"),
-    [
-        ("text/1", "not_an_image"),
-        ("corrupt/1", "not_an_image"),
-        ("unannounced/1", "truncated"),
-        ("bomb/1", "too_many_pixels"),
-        ("tiny/1", "too_small"),
-        ("strip/1", "aspect_ratio"),
-    ],
-)
-def test_pictures_that_are_refused(farm: WebFarm, resizer: PictureResizer, path: str, cause: str) -> None:
-    content = fetch(farm.url(path))
-    started = time.monotonic()
-    _, error = resized(resizer, content)
-    assert error is not None and cause_of(error) == cause
-    assert time.monotonic() - started < 2
-
-
-# The quick look at a JPEG's header
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"progressive": True}, {"comment": b"x" * 300}, {"icc_profile": b"x" * 100_000}, {"dpi": (72, 72)}],
-    ids=["plain", "progressive", "comment", "profile", "dpi"],
-)
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_a_plain_jpeg_is_measured_without_pillow(mode: str, options: dict) -> None:
-    content = encoded(draw(1, (97, 61)).convert(mode), **options)
-    assert picture._size_of_plain_jpeg(content) == (97, 61)
-    for end in range(0, 40):
-        assert picture._size_of_plain_jpeg(content[:end]) is None
-
-
-def test_what_needs_a_closer_look_is_left_to_pillow() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    for content in (encoded(draw(1), exif=exif), encoded(draw(1), "PNG"), b"\xff\xd8\xff\xda" + b"x" * 50, b""):
-        assert picture._size_of_plain_jpeg(content) is None
-
-
-@given(st.binary(max_size=40))
-def test_no_bytes_upset_the_quick_look(tail: bytes) -> None:
-    size = picture._size_of_plain_jpeg(b"\xff\xd8\xff" + tail)
-    assert size is None or len(size) == 2

@@ -2,6 +2,8 @@
 
 import functools
 import io
+import socket
+import struct
 import threading
 import time
 from collections import Counter
@@ -11,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 SLOW_SECONDS = 0.5
 """Until a slow server answers."""
@@ -34,6 +37,18 @@ def encoded(picture: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
     stream = io.BytesIO()
     picture.save(stream, kind, **options)
     return stream.getvalue()
+
+
+POISON = "poison for decoders"
+
+BAD_EXIF = b"II*\0\x08\0\0\0\x02\0" + struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHII", 0x0131, 5, 1, 6)
+"""A TIFF header with an orientation of 6, and a text of the type of fractions: Pillow reads it and cannot write it."""
+
+
+def with_exif(jpeg: bytes, tiff: bytes) -> bytes:
+    """``jpeg`` with ``tiff`` as its EXIF segment."""
+    segment = b"Exif\0\0" + tiff
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + jpeg[2:]
 
 
 class WebFarm:
@@ -134,12 +149,21 @@ class _Answers(BaseHTTPRequestHandler):
     def answer_busy(self) -> None:
         self.send(b"", 429, Retry_After="1")
 
-    def answer_reset(self) -> None:
+    def answer_cut(self) -> None:
+        """Half of what was announced, then the end of the connection."""
         body = encoded(draw(self.number()))
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body[: len(body) // 2])
+
+    def answer_reset(self) -> None:
+        """The same, but the connection is reset."""
+        self.answer_cut()
+        self.wfile.flush()
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        # Without the shutdown that the server would do first, which says farewell politely.
+        self.connection.close()
 
     def answer_unannounced(self) -> None:
         """Half a picture and no length: only the picture itself tells."""
@@ -199,6 +223,14 @@ class _Answers(BaseHTTPRequestHandler):
     def answer_toprivate(self) -> None:
         self.send(b"", 302, Location="http://169.254.169.254/latest/meta-data/")
 
+    def answer_shyredirect(self) -> None:
+        """A redirect that asks not to be used, to a picture that does not."""
+        self.send(b"", 302, Location=f"/ok/{self.number()}.jpg", X_Robots_Tag="noai")
+
+    def answer_toname(self) -> None:
+        """To a name of this machine instead of its address."""
+        self.send(b"", 302, Location=f"http://localhost:{self.server.server_address[1]}/ok/{self.number()}.jpg")
+
     def answer_tofile(self) -> None:
         self.send(b"", 302, Location="file:///etc/passwd")
 
@@ -233,6 +265,34 @@ class _Answers(BaseHTTPRequestHandler):
     def answer_bomb(self) -> None:
         """A small PNG that unfolds to 400 megapixels."""
         self.send(_bomb())
+
+    def answer_hugejpeg(self) -> None:
+        """A small JPEG whose header tells of 400 megapixels."""
+        body = bytearray(encoded(draw(self.number())))
+        at = body.index(b"\xff\xc0")
+        body[at + 5 : at + 9] = struct.pack(">HH", 20_000, 20_000)
+        self.send(bytes(body))
+
+    def answer_scans(self) -> None:
+        """A progressive JPEG with a scan again and again: each is a pass over all pixels."""
+        body = encoded(draw(self.number()), progressive=True)
+        at = body.rindex(b"\xff\xda")
+        self.send(body[:at] + body[at:-2] * 200 + b"\xff\xd9")
+
+    def answer_trailing(self) -> None:
+        """A whole JPEG and something behind it that looks like the start of a scan."""
+        self.send(encoded(draw(self.number())) + b"\xff\xda and more \xff\xda")
+
+    def answer_badexif(self) -> None:
+        """A picture to be turned, with EXIF that is damaged elsewhere."""
+        lying = draw(self.number(), (64, 96)).transpose(Image.Transpose.ROTATE_90)
+        self.send(with_exif(encoded(lying), BAD_EXIF))
+
+    def answer_poison(self) -> None:
+        """A picture that a decoder of the tests dies of."""
+        note = PngInfo()
+        note.add_text("note", POISON)
+        self.send(encoded(draw(self.number()), "PNG", pnginfo=note))
 
     def answer_png(self) -> None:
         self.send(encoded(draw(self.number()), "PNG"))
