@@ -7,16 +7,12 @@ of its own; the one that does not come back gets the cause ``decoder``, and the 
 
 import io
 import os
-import pickle
 import subprocess
-import sys
 from collections.abc import Callable
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+from data_prep import beside
 
 DECODE_SECONDS = 60.0
 """For one picture in a process of its own, beside a few seconds for its start."""
@@ -74,7 +70,7 @@ class Neighbour:
         try:
             self._pipe.send_bytes(img_stream.getvalue())
             if self._pipe.poll(self._seconds):
-                answer: tuple[Any, ...] = pickle.loads(self._pipe.recv_bytes())
+                answer: tuple[Any, ...] = self._pipe.recv()
                 return answer
             fault = f"not decoded in {self._seconds:g} s"
         except (EOFError, OSError):
@@ -92,30 +88,21 @@ class Neighbour:
         self._process = self._pipe = None
 
     def _start(self) -> None:
-        # Not with multiprocessing: workers, its own children, may have none.
-        self._pipe, theirs = Pipe()
-        script = "import sys; from data_prep.decoder import serve; serve(int(sys.argv[1]))"
-        places = [str(CHECKOUT), *os.environ.get("PYTHONPATH", "").split(os.pathsep), *sys.path]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, places)))}
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", script, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=environment
-        )
-        theirs.close()
-        self._pipe.send_bytes(pickle.dumps(self._make))
+        self._process, self._pipe = beside.start("data_prep.decoder", "serve")
+        self._pipe.send(self._make)
         try:
-            self._pipe.recv_bytes()
+            self._pipe.recv()
         except EOFError as error:
             raise RuntimeError(f"the decoder's process did not start ({self._process.wait()})") from error
 
 
-def serve(handle: int) -> None:
+def serve(pipe: Connection) -> None:
     """Life of the process next door: pictures in, answers out, until its parent is gone."""
-    with Connection(handle) as pipe:
-        resize = pickle.loads(pipe.recv_bytes())()
-        pipe.send_bytes(b"ready")
-        while True:
-            try:
-                content = pipe.recv_bytes()
-            except EOFError:
-                return
-            pipe.send_bytes(pickle.dumps(resize(io.BytesIO(content))))
+    resize = pipe.recv()()
+    pipe.send("ready")
+    while True:
+        try:
+            content = pipe.recv_bytes()
+        except EOFError:
+            return
+        pipe.send(resize(io.BytesIO(content)))

@@ -1,20 +1,27 @@
 """Who makes the shards: supervised processes of this machine, or one of img2dataset's own distributors.
 
 The guards of a download are set up inside :func:`data_prep.fetch.download_shard`, so they hold wherever it runs.
-img2dataset's distributors swallow what went wrong with a shard; a shard that they did not make is known by its
-missing counts.
+img2dataset's distributors say nothing before their end, swallow what went wrong with a shard, and its pool waits for
+ever for a process that was killed. So they run in a process of their own while this one watches the shards appear at
+their place; a shard that is not made is known by its missing counts.
 """
 
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import psutil
+
+from data_prep import beside
 from data_prep.imports import without
-from data_prep.workers import Outcome, run_tasks
+from data_prep.workers import ATTEMPTS, Outcome, die_with_parent, run_tasks
 from pacl_scale.errors import UserError
 
 DISTRIBUTORS = ("processes", "multiprocessing", "pyspark", "ray")
@@ -22,7 +29,8 @@ DISTRIBUTORS = ("processes", "multiprocessing", "pyspark", "ray")
 MakeShard = Callable[[int], tuple[int, int, dict[str, int]]]
 """Makes a shard; returns its rows, its samples, and its failures by cause."""
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+LOOK_SECONDS = 5.0
+"""Between two looks at what a distributor of img2dataset has made."""
 
 
 @dataclass(frozen=True)
@@ -32,23 +40,53 @@ class Supervised:
     Args:
         work: makes one shard.
         deadline_s: seconds for an attempt, of which there are three.
-        in_child: False inside a process that may have no children.
+        notes: folder of this machine where a note with its process id lies beside each shard in the making, for
+            processes that nobody else watches and that may have no children of multiprocessing's; ``None`` for others.
     """
 
     work: MakeShard
     deadline_s: float
-    in_child: bool = True
+    notes: str | None = None
 
-    def __call__(self, shard: int) -> tuple[bool, int]:
+    def __call__(self, shard: Any) -> tuple[bool, Any]:
         """As img2dataset's Downloader: whether it was made, and which."""
-        if self.in_child:
+        if self.notes is None:
             (outcome,) = run_tasks(self.work, [shard], 1, self.deadline_s)
             fault = outcome.fault
         else:
-            fault = _attempt(self.work, shard)
+            fault = self._noted(Path(self.notes) / f"{shard}.pid", shard)
         if fault is not None:
             print(f"shard {shard} could not be made: {fault}", flush=True)
         return fault is None, shard
+
+    def _noted(self, note: Path, shard: Any) -> str | None:
+        die_with_parent()
+        note.write_text(str(os.getpid()))
+        process, pipe = beside.start("data_prep.distribute", "supervise")
+        try:
+            pipe.send((self.work, shard, self.deadline_s))
+            fault: str | None = pipe.recv()
+        except (EOFError, OSError):
+            fault = f"its supervisor died ({process.wait()})"
+        pipe.close()
+        process.wait()
+        note.unlink()
+        return fault
+
+
+def supervise(pipe: Connection) -> None:
+    """Make the shard that comes through the pipe, and say what went wrong; die with the other end."""
+    work, shard, deadline_s = pipe.recv()
+    Thread(target=_end_with, args=(pipe,), daemon=True).start()
+    (outcome,) = run_tasks(work, [shard], 1, deadline_s)
+    pipe.send(outcome.fault)
+
+
+def _end_with(pipe: Connection) -> None:
+    try:
+        pipe.recv()
+    except (EOFError, OSError):
+        os._exit(1)
 
 
 def distribute(
@@ -57,8 +95,16 @@ def distribute(
     shards: Sequence[int],
     processes: int,
     deadline_s: float,
+    finished: Callable[[], Iterable[int]],
+    value_of: Callable[[int], Any],
+    scratch: str,
 ) -> Iterator[Outcome]:
-    """Make ``shards``; yields each shard's outcome with ``processes``, and nothing with the other distributors.
+    """Make ``shards``; yields the outcome of each as it becomes known.
+
+    Args:
+        finished: numbers of the shards that are at their place.
+        value_of: what ``work`` has given for one of those.
+        scratch: folder of this machine.
 
     Raises:
         UserError: the distributor's package is not installed.
@@ -68,6 +114,58 @@ def distribute(
         yield from run_tasks(work, shards, processes, deadline_s)
         return
     require(how)
+    notes = Path(scratch) / "notes"
+    notes.mkdir(exist_ok=True)
+    # A process of multiprocessing's pool may have no children, and nobody notices when it is killed.
+    supervised = Supervised(work, deadline_s, str(notes) if how == "multiprocessing" else None)
+    waiting = set(shards)
+    for _ in range(ATTEMPTS):
+        process = get_context("spawn").Process(target=_call, args=(how, supervised, sorted(waiting), processes))
+        process.start()
+        was_lost = False
+        try:
+            while not was_lost and process.is_alive():
+                process.join(LOOK_SECONDS)
+                was_lost = any(map(_is_orphaned, notes.iterdir()))
+                for shard in sorted(waiting & set(finished())):
+                    waiting.remove(shard)
+                    yield Outcome(shard, None, value_of(shard))
+        finally:
+            _kill(process.pid)
+            process.join()
+        for note in notes.iterdir():
+            note.unlink()
+        if not was_lost:
+            break
+    for shard in sorted(waiting):
+        yield Outcome(shard, f"see the log of {how}")
+
+
+def _is_orphaned(note: Path) -> bool:
+    """Whether a shard in the making has lost its process."""
+    try:
+        number = int(note.read_text() or os.getpid())
+    except FileNotFoundError:
+        return False  # done meanwhile
+    return not psutil.pid_exists(number) or psutil.Process(number).status() == psutil.STATUS_ZOMBIE
+
+
+def _kill(number: int | None) -> None:
+    """Kill a process and all below it."""
+    try:
+        top = psutil.Process(number)
+        family = [top, *top.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for process in family:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def _call(how: str, supervised: Supervised, shards: Sequence[int], processes: int) -> None:
+    die_with_parent()
     _set_environment()
     with without("torch"), warnings.catch_warnings():
         # It imports a module of the standard library that is on its way out.
@@ -78,15 +176,12 @@ def distribute(
         "pyspark": distributor.pyspark_distributor,
         "ray": distributor.ray_distributor,
     }[how]
-    # A process of multiprocessing's pool may have no children; there the deadline of a shard cannot be kept.
-    supervised = Supervised(work, deadline_s, in_child=how != "multiprocessing")
     call(processes, supervised, shards, SHARDS_PER_JOB, 1)
 
 
 def _set_environment() -> None:
     # Workers of Spark and Ray are started by others and must find this package too.
-    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(CHECKOUT), *filter(None, paths)]))
+    os.environ["PYTHONPATH"] = beside.environment()["PYTHONPATH"]
     # Spark would take whatever "python3" is; the other two would call home.
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -106,11 +201,3 @@ def require(how: str) -> None:
             raise UserError(
                 f"fetch.distributor={how} needs the package {how}: pip install 'pacl-scale[{how}]'"
             ) from error
-
-
-def _attempt(work: Callable[[int], Any], shard: int) -> str | None:
-    try:
-        work(shard)
-    except Exception as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return None

@@ -135,16 +135,28 @@ def fetch(
     skipped = {shard: ids for shard, ids in shards.items() if ids}
     with _scratch_folder(config.scratch) as scratch:
         work = functools.partial(download_shard, root_url, scratch, samples_per_shard, config, backoff_s, skipped)
-        outcomes = distribute(config.distributor, work, list(shards), config.processes, config.shard_seconds)
+        outcomes = distribute(
+            config.distributor,
+            work,
+            list(shards),
+            config.processes,
+            config.shard_seconds,
+            functools.partial(layout.finished_shards, root_url),
+            functools.partial(_counts_of, root_url),
+            scratch,
+        )
         seeing = outcomes if is_retry else _while_seeing(root_url, outcomes, len(shards))
         for outcome in shown(seeing, len(shards)):
             if outcome.fault is not None:
                 faults[outcome.task] = outcome.fault
                 log.warning("shard failed", shard=layout.shard_name(outcome.task), reason=outcome.fault)
-    if config.distributor != "processes":
-        made = set(layout.finished_shards(root_url))
-        faults |= {shard: f"see the log of {config.distributor}" for shard in shards if shard not in made}
     return faults
+
+
+def _counts_of(root_url: str, shard: int) -> tuple[int, int, dict[str, int]]:
+    """Rows, samples, and failures by cause of a shard that is at its place."""
+    stats = layout.read_json(storage.join(root_url, layout.shard_name(shard) + layout.STATS_SUFFIX)) or {}
+    return stats.get("count", 0), stats.get("successes", 0), stats.get("causes", {})
 
 
 def _while_seeing(root_url: str, outcomes: Iterable[Outcome], total: int) -> Iterator[Outcome]:

@@ -5,6 +5,9 @@ its own claim first and looks for others after. Of two runs at least one sees th
 A claim is renewed as long as its run lives. It is dead if it was not renewed for two minutes by the store's own
 clock, or at once if its process was on this machine and is gone, or if it is an earlier attempt of this Slurm job.
 
+A run that could not renew its claim for so long, say because its store or its machine was away, may find it taken: the
+one that came after has removed it. It then stops within :data:`RENEW_SECONDS`.
+
 Runs on different parts of a data set (:class:`data_prep.parts.Part`) do not mind each other.
 """
 
@@ -12,6 +15,7 @@ import contextlib
 import json
 import os
 import posixpath
+import signal
 import socket
 import threading
 import uuid
@@ -23,9 +27,10 @@ from typing import Any
 
 import psutil
 
+from data_prep import layout
 from data_prep.parts import WHOLE, Part
 from pacl_scale import storage
-from pacl_scale.errors import UserError
+from pacl_scale.errors import RunFailed, UserError
 from pacl_scale.log import get_logger
 
 log = get_logger(__name__)
@@ -60,11 +65,13 @@ class Claim:
 def only_run(root_url: str, part: Part = WHOLE) -> Iterator[None]:
     """Refuse to go on where another run works on the same shards of ``root_url``; keep others out until the end.
 
-    Also the proof that the place can be written to, before any work is done.
+    Also the proof that the place can be written to, before any work is done. A block in the main thread is left as if
+    by Ctrl-C when its claim was taken.
 
     Raises:
         Busy: another run is at work.
         UserError: the place cannot be written to.
+        RunFailed: another run has taken the claim.
     """
     folder = storage.join(root_url, CLAIMS_FOLDER)
     ours = storage.join(folder, f"{uuid.uuid4().hex}.json")
@@ -72,12 +79,17 @@ def only_run(root_url: str, part: Part = WHOLE) -> Iterator[None]:
     content = json.dumps(asdict(claim)).encode()
     with _explained_as(root_url, ours):
         storage.write_bytes(ours, content)
-    over = threading.Event()
-    renewal = threading.Thread(target=_renew, args=(ours, content, over), name="claim", daemon=True)
+    over, lost = threading.Event(), threading.Event()
+    main = threading.main_thread() if threading.current_thread() is threading.main_thread() else None
+    renewal = threading.Thread(target=_renew, args=(ours, content, over, lost, main), name="claim", daemon=True)
     try:
         _refuse_if_taken(root_url, folder, ours, claim)
         renewal.start()
         yield
+    except KeyboardInterrupt as error:
+        if not lost.is_set():
+            raise
+        raise RunFailed(f"{root_url}: another run took this one for dead and has taken over") from error
     finally:
         over.set()
         if renewal.is_alive():
@@ -156,11 +168,22 @@ def _machine() -> str:
         return socket.gethostname()
 
 
-def _renew(url: str, content: bytes, over: threading.Event) -> None:
+def _renew(
+    url: str, content: bytes, over: threading.Event, lost: threading.Event, main: threading.Thread | None
+) -> None:
+    """Renew a claim until it is ``over``, or ``lost`` to another run; the latter interrupts the ``main`` thread."""
+    folder, _, name = url.rpartition("/")
     while not over.wait(RENEW_SECONDS):
-        # A store that is away for a moment costs one renewal, not the run.
-        with contextlib.suppress(UserError):
+        try:
+            if name not in layout.file_sizes(folder):
+                lost.set()
+                if main is not None and not over.is_set():
+                    signal.pthread_kill(main.ident or 0, signal.SIGINT)
+                return
             storage.write_bytes(url, content)
+        except Exception as error:
+            # A store that is away for a while costs renewals; whether also the run is seen when it is back.
+            log.warning("the claim could not be renewed", reason=str(error))
 
 
 @contextlib.contextmanager

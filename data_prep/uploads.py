@@ -1,5 +1,6 @@
 """Uploads that a killed run left unfinished on an object store: invisible to readers, and paid for until they go."""
 
+import posixpath
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -14,11 +15,19 @@ log = get_logger(__name__)
 
 SHARD_FILE = re.compile(rf"(\d{{{layout.SHARD_DIGITS},}})(\.tar|\.parquet|_stats\.json)")
 
+OTHER_FILE = re.compile(
+    rf"index\.parquet|report\.(json|html)|({layout.LIST_FOLDER}|{layout.BROKEN_FOLDER})/[\w-]+\.(json|parquet|tar)"
+)
+"""What belongs to no part: written by whoever has the claim on all of them."""
+
+FOLDERS = ("", layout.LIST_FOLDER, layout.BROKEN_FOLDER)
+
 
 def abort_unfinished(root_url: str, part: Part) -> int:
     """Abort the multipart uploads of a part's shards, and delete half copies on a file system; returns how many.
 
-    Call it with the claim on that part: then nobody alive is uploading them.
+    For the whole list also those of the index, the reports, the prepared lists and ``broken/``. Call it with the claim
+    on that part: then nobody alive is uploading them.
     """
     if storage.is_local(root_url):
         return _remove_half_copies(root_url, part)
@@ -55,12 +64,18 @@ def _uploads(files: Any, bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
 
 
 def _remove_half_copies(root_url: str, part: Part) -> int:
-    names = [name for name in layout.file_sizes(root_url, ".part") if _is_of(part, name.rsplit(".", 2)[0])]
-    for name in names:
-        layout.remove(storage.join(root_url, name))
-    return len(names)
+    removed = 0
+    for folder in FOLDERS:
+        for name in layout.file_sizes(storage.join(root_url, folder), ".part"):
+            path = posixpath.join(folder, name)
+            if _is_of(part, path.rsplit(".", 2)[0]):
+                layout.remove(storage.join(root_url, path))
+                removed += 1
+    return removed
 
 
 def _is_of(part: Part, name: str) -> bool:
     match = SHARD_FILE.fullmatch(name)
-    return match is not None and int(match[1]) % part.of == part.number
+    if match is None:
+        return part.is_whole and OTHER_FILE.fullmatch(name) is not None
+    return int(match[1]) % part.of == part.number

@@ -154,7 +154,7 @@ def _serve(pipe: Any, work: Callable[[Any], Any]) -> None:
     """A worker's life: tasks in, faults out, until the pipe closes."""
     # Ctrl-C reaches the whole group; the parent is the one that decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _die_with_parent()
+    die_with_parent()
     while True:
         try:
             task = pipe.recv()
@@ -168,7 +168,7 @@ def _serve(pipe: Any, work: Callable[[Any], Any]) -> None:
         pipe.send((fault, value))
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """End this process when its parent has died: an orphan would go on to write into a data set of others."""
     parent = parent_process()
     assert parent is not None

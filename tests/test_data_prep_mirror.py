@@ -167,12 +167,12 @@ def test_unfinished_uploads_of_killed_runs_are_removed(s3_url: str, tmp_path: Pa
         time.sleep(0.01)
     process.kill()
     process.wait()
-    for name in ("00004.tar", "other.tar", "deeper/00005.tar"):
+    for name in ("00004.tar", "other.tar", "deeper/00005.tar", "index.parquet", "list/00001.parquet"):
         files.call_s3("create_multipart_upload", Bucket=bucket, Key=f"{prefix}/{name}")
-    assert len(unfinished()) == 4 and not storage.exists(f"{s3_url}/00003.tar")
+    assert len(unfinished()) == 6 and not storage.exists(f"{s3_url}/00003.tar")
     assert abort_unfinished(s3_url, Part(1, 2)) == 1
-    assert unfinished() == ["00004.tar", "deeper/00005.tar", "other.tar"]
-    assert abort_unfinished(s3_url, WHOLE) == 1
+    assert unfinished() == ["00004.tar", "deeper/00005.tar", "index.parquet", "list/00001.parquet", "other.tar"]
+    assert abort_unfinished(s3_url, WHOLE) == 3
     assert unfinished() == ["deeper/00005.tar", "other.tar"]
     assert abort_unfinished(s3_url, WHOLE) == 0
 
@@ -181,9 +181,11 @@ def test_half_copies_on_a_disk_are_removed(tmp_path: Path) -> None:
     from data_prep.parts import WHOLE, Part
     from data_prep.uploads import abort_unfinished
 
+    (tmp_path / "list").mkdir()
     names = ["00003.tar.1a2b3c4d.part", "00002_stats.json.00000000.part", "notes.part", "00001.tar"]
-    for name in names:
+    for name in [*names, "index.parquet.00000000.part", "list/plan.json.00000000.part", "list/mine.part"]:
         (tmp_path / name).touch()
     assert abort_unfinished(str(tmp_path), Part(0, 2)) == 1
-    assert abort_unfinished(str(tmp_path), WHOLE) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["00001.tar", "notes.part"]
+    assert abort_unfinished(str(tmp_path), WHOLE) == 3
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert left == ["00001.tar", "list/mine.part", "notes.part"]

@@ -17,7 +17,7 @@ from data_prep.lock import only_run
 from data_prep.parts import Part, note_verified, read_verified, remove_notes
 from pacl_scale import storage
 from pacl_scale.data.index import SampleIndex
-from pacl_scale.errors import UserError
+from pacl_scale.errors import RunFailed, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,6 +63,33 @@ def test_an_earlier_attempt_of_the_same_job_is_dead(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with only_run(str(tmp_path), Part(0, 2)):
         assert len(list(tmp_path.glob(".claims/*.json"))) == 1
+
+
+def test_a_run_whose_claim_was_taken_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was taken for dead, as after a long outage, and another one has removed its claim."""
+    monkeypatch.setattr(lock, "RENEW_SECONDS", 0.05)
+    began = threading.Event()
+    with pytest.raises(RunFailed, match="has taken over"), only_run(str(tmp_path)):
+        next(tmp_path.glob(".claims/*.json")).unlink()
+        began.wait(30)
+        pytest.fail("it was not interrupted")
+
+
+def test_an_outage_costs_renewals_and_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "RENEW_SECONDS", 0.05)
+    real, calls, renewed = storage.write_bytes, [], threading.Event()
+
+    def write(url: str, content: bytes) -> None:
+        calls.append(url)
+        if len(calls) == 2:
+            raise ZeroDivisionError("of a kind that nobody expects")
+        if len(calls) > 3:
+            renewed.set()
+        real(url, content)
+
+    monkeypatch.setattr(storage, "write_bytes", write)
+    with only_run(str(tmp_path)):
+        assert renewed.wait(30)
 
 
 def test_notes_of_parts_come_together(tmp_path: Path) -> None:
