@@ -62,6 +62,8 @@ class DownloadConfig:
             raise ValueError("parts must be at least 1, and part between 0 and parts - 1")
         if self.is_mirror and self.parts > 1:
             raise ValueError("parts: tars of a mirror are not downloaded, and not cut into parts")
+        if self.is_mirror and (self.expect.sha256 or self.expect.metadata_sha256):
+            raise ValueError("expect.sha256: a mirror has no list; expect.rows is the number of its samples")
         if self.again and self.parts > 1:
             raise ValueError("again: a round of retries is planned for the whole list, not for one of its parts")
 

@@ -87,6 +87,20 @@ class Excluded:
             if bits[nearest] <= self.distance:
                 raise FetchError("evaluation_picture", f"{bits[nearest]} bits from {self.names[nearest]}")
 
+    def cause_of(self, content: bytes) -> str | None:
+        """Why a picture cannot be used: it is one of them, or no picture; ``None`` if it can."""
+        try:
+            self.check(content)
+        except FetchError as error:
+            return error.cause
+        return None
+
+
+def check_distance(name: str, bits: int) -> None:
+    """Raise ValueError for a setting called ``name`` that is no use as :attr:`Excluded.distance`."""
+    if not 0 <= bits <= 16:
+        raise ValueError(f"{name} must be between 0 and 16: beyond, any two pictures are alike")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status."""

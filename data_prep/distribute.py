@@ -147,7 +147,10 @@ def _is_orphaned(note: Path) -> bool:
         number = int(note.read_text() or os.getpid())
     except FileNotFoundError:
         return False  # done meanwhile
-    return not psutil.pid_exists(number) or psutil.Process(number).status() == psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(number).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _kill(number: int | None) -> None:

@@ -41,6 +41,7 @@ def command(words: list[str]) -> None:
     verb = words[0] if words and words[0] in VERBS else ""
     rest = with_config_of_name([word for word in words[bool(verb) :] if word != "--slurm"])
     config: DownloadConfig = parse(DownloadConfig, rest, PROG)
+    _refuse_what_is_ignored(verb, config)
     if "--slurm" not in words:
         slurm.end_when_asked()
         VERBS[verb](config)
@@ -51,7 +52,17 @@ def command(words: list[str]) -> None:
         )
     if verb != "retry":
         config.require_list()
+    elif missing := stages.resume(config).unfinished():
+        raise UserError(f"{len(missing)} shards are not made yet; a retry comes after a download: leave out retry")
     slurm.submit(config.slurm, config.output, rest, again=config.again or verb == "retry")
+
+
+def _refuse_what_is_ignored(verb: str, config: DownloadConfig) -> None:
+    """Raise UserError for a setting that a verb would not look at."""
+    if config.again and verb in ("verify", "index", "report"):
+        raise UserError(f"again: {verb} asks for nothing")
+    if config.verify == "all" and verb in ("prepare", "index", "report"):
+        raise UserError(f"verify=all: {verb} reads no shards back; download, retry and the verb verify do")
 
 
 def with_config_of_name(words: list[str]) -> list[str]:
@@ -67,7 +78,7 @@ def download(config: DownloadConfig) -> None:
         UserError: any fault of the input or the store; what is at the output is then complete shards or nothing.
     """
     if config.is_mirror:
-        mirror.adopt(config.output, config.expect, everything=config.verify == "all")
+        mirror.adopt(config.output, config.expect, config.fetch, everything=config.verify == "all")
         return
     if config.own_part.is_whole:
         config.require_list()
@@ -148,7 +159,7 @@ def verify(config: DownloadConfig) -> None:
         RunFailed: some were damaged.
     """
     if config.is_mirror:
-        mirror.adopt(config.output, config.expect, everything=True)
+        mirror.adopt(config.output, config.expect, config.fetch, everything=True)
         return
     with only_run(config.output):
         work = stages.resume(config)
@@ -169,7 +180,7 @@ def verify(config: DownloadConfig) -> None:
 def index(config: DownloadConfig) -> None:
     """Index the sound shards, those of an unfinished data set too."""
     if config.is_mirror:
-        mirror.adopt(config.output, config.expect, everything=False)
+        mirror.adopt(config.output, config.expect, config.fetch, everything=False)
         return
     with only_run(config.output):
         work = stages.resume(config)
@@ -184,7 +195,7 @@ def index(config: DownloadConfig) -> None:
 def report(config: DownloadConfig) -> None:
     """Write the report anew from what is there, for an unfinished data set too."""
     if config.is_mirror:
-        mirror.adopt(config.output, config.expect, everything=False)
+        mirror.adopt(config.output, config.expect, config.fetch, everything=False)
         return
     with only_run(config.output):
         work = stages.resume(config)

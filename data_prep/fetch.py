@@ -19,7 +19,7 @@ import pacl_scale
 from data_prep import layout
 from data_prep.bar import shown
 from data_prep.decoder import WatchedResizer
-from data_prep.decontaminate import describe_lists
+from data_prep.decontaminate import check_distance, describe_lists
 from data_prep.distribute import distribute, require
 from data_prep.guard import FIRST_BYTES, Limits, install
 from data_prep.imports import without
@@ -98,8 +98,7 @@ class FetchConfig:
                 raise ValueError(f"fetch.{name} must be positive")
         if self.largest_body_mb <= 0 or self.largest_megapixels <= 0 or self.largest_aspect_ratio < 1:
             raise ValueError("fetch.largest_body_mb and largest_megapixels must be positive, aspect ratio >= 1")
-        if not 0 <= self.exclude_distance <= 16:
-            raise ValueError("fetch.exclude_distance must be between 0 and 16: beyond, any two pictures are alike")
+        check_distance("fetch.exclude_distance", self.exclude_distance)
         if not 1 <= self.jpeg_quality <= 100:
             raise ValueError("fetch.jpeg_quality must be between 1 and 100")
         try:

@@ -5,6 +5,7 @@ again here, so it is named, left where it is, and left out of the index. What wa
 that a run over a few hundred gigabytes can be killed.
 """
 
+import hashlib
 import io
 import json
 import posixpath
@@ -21,6 +22,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from data_prep import layout, sources
+from data_prep.decontaminate import Excluded, describe_lists, read_lists
+from data_prep.fetch import FetchConfig
 from data_prep.lock import only_run
 from data_prep.page import write_page
 from data_prep.prepare import ExpectConfig
@@ -50,7 +53,7 @@ class TarNotes:
     """What a tar was found to hold.
 
     ``causes`` counts the samples that cannot be used, ``unusable`` names those that only a look into them tells;
-    ``fault`` says why the whole tar cannot be used.
+    ``fault`` says why the whole tar cannot be used; ``excluded`` which lists of pictures it was held against.
     """
 
     bytes: int
@@ -59,15 +62,29 @@ class TarNotes:
     causes: dict[str, int] = field(default_factory=dict)
     fault: str | None = None
     unusable: list[str] = field(default_factory=list)
+    excluded: str = ""
     sides: list[int] = field(default_factory=list)
     aspects: list[int] = field(default_factory=list)
     captions: list[int] = field(default_factory=list)
 
 
-def adopt(root_url: str, expect: ExpectConfig, everything: bool) -> Report:
+@dataclass(frozen=True)
+class Unwanted:
+    """Pictures that are left out of a mirror's index, and a fingerprint of their lists; none by default.
+
+    Larger ones than ``most_pixels`` cannot be held against them and are left out as well.
+    """
+
+    pictures: Excluded | None = None
+    most_pixels: int = 0
+    fingerprint: str = ""
+
+
+def adopt(root_url: str, expect: ExpectConfig, fetch: FetchConfig, everything: bool) -> Report:
     """Verify and index the tars of a mirror, write the report and print it.
 
     Args:
+        fetch: of which only ``exclude``, ``exclude_distance`` and ``largest_megapixels`` matter here.
         everything: read tars again that were read before.
 
     Raises:
@@ -81,7 +98,7 @@ def adopt(root_url: str, expect: ExpectConfig, everything: bool) -> Report:
         names = list_shards(root_url)
         if not names:
             raise UserError(f"{root_url} holds no tars")
-        notes = _read_tars(root_url, names, everything)
+        notes = _read_tars(root_url, names, everything, _unwanted(fetch))
         sound = [name for name in names if notes[name].fault is None]
         if not any(notes[name].samples for name in sound):
             raise UserError(f"{root_url} holds no usable sample ({_first_fault(notes)})")
@@ -99,7 +116,21 @@ def adopt(root_url: str, expect: ExpectConfig, everything: bool) -> Report:
     return report
 
 
-def check_foreign_tar(tar: BinaryIO, name: str) -> TarNotes:
+def _unwanted(fetch: FetchConfig) -> Unwanted:
+    if not fetch.exclude:
+        return Unwanted()
+    what = json.dumps([describe_lists(fetch.exclude), fetch.exclude_distance, fetch.largest_megapixels])
+    return Unwanted(
+        read_lists(tuple(fetch.exclude), fetch.exclude_distance),
+        round(fetch.largest_megapixels * 1e6),
+        hashlib.sha256(what.encode()).hexdigest(),
+    )
+
+
+NOTHING_UNWANTED = Unwanted()
+
+
+def check_foreign_tar(tar: BinaryIO, name: str, unwanted: Unwanted = NOTHING_UNWANTED) -> TarNotes:
     """Read a tar (seekable) to its end and look at every sample.
 
     Raises:
@@ -114,7 +145,7 @@ def check_foreign_tar(tar: BinaryIO, name: str) -> TarNotes:
     unusable: list[str] = []
     sizes: list[tuple[int, int, int]] = []
     for key, parts in samples.items():
-        found = _look_at(tar, parts)
+        found = _look_at(tar, parts, unwanted)
         if isinstance(found, str):
             causes[found] += 1
             unusable.append(key)
@@ -125,10 +156,12 @@ def check_foreign_tar(tar: BinaryIO, name: str) -> TarNotes:
         widths, heights, lengths = np.array(sizes, np.int64).T
         survey.add_samples(widths, heights, lengths)
     histograms = [values.tolist() for values in (survey.sides, survey.aspects, survey.captions)]
-    return TarNotes(size, sha256, len(sizes), dict(causes.most_common()), None, unusable, *histograms)
+    return TarNotes(
+        size, sha256, len(sizes), dict(causes.most_common()), None, unusable, unwanted.fingerprint, *histograms
+    )
 
 
-def _look_at(tar: BinaryIO, parts: Mapping[str, TarMember]) -> tuple[int, int, int] | str:
+def _look_at(tar: BinaryIO, parts: Mapping[str, TarMember], unwanted: Unwanted) -> tuple[int, int, int] | str:
     """Width, height and characters of caption of a sample, or why it cannot be used."""
     picture = next((parts[extension] for extension in PICTURES if extension in parts), None)
     if picture is None:
@@ -137,7 +170,16 @@ def _look_at(tar: BinaryIO, parts: Mapping[str, TarMember]) -> tuple[int, int, i
     if size is None:
         return "not_an_image"
     caption = _caption(tar, parts)
-    return "no caption" if not caption else (*size, len(caption))
+    if not caption:
+        return "no caption"
+    if unwanted.pictures is not None:
+        if size[0] * size[1] > unwanted.most_pixels:
+            return "too_many_pixels"
+        tar.seek(picture.data)
+        cause = unwanted.pictures.cause_of(tar.read(picture.size))
+        if cause is not None:
+            return cause
+    return *size, len(caption)
 
 
 def _size_of(tar: BinaryIO, member: TarMember) -> tuple[int, int] | None:
@@ -172,36 +214,55 @@ def _caption(tar: BinaryIO, parts: Mapping[str, TarMember]) -> str:
     return ""
 
 
-def _read_tars(root_url: str, names: list[str], everything: bool) -> dict[str, TarNotes]:
-    """Notes on every tar; those with notes and the same size as then are not read again."""
+def _read_tars(root_url: str, names: list[str], everything: bool, unwanted: Unwanted) -> dict[str, TarNotes]:
+    """Notes on every tar; those with notes and the same size as then, held against the same lists, stay."""
     url = storage.join(root_url, NOTES)
     sizes = layout.file_sizes(root_url, ".tar")
-    before = {} if everything else (layout.read_json(url) or {})
-    notes = {name: TarNotes(**before[name]) for name in names if before.get(name, {}).get("bytes") == sizes[name]}
+    before = _notes_before(url)
+    notes = {
+        name: note
+        for name, note in before.items()
+        if not everything and sizes.get(name) == note.bytes and unwanted.fingerprint == note.excluded
+    }
     missing = [name for name in names if name not in notes]
+
+    def note_down() -> None:
+        if any(before.get(name) != note for name, note in notes.items()):
+            # It fits other notes, and how many samples a tar has does not tell which.
+            layout.remove(storage.join(root_url, INDEX_NAME))
+        layout.write_json(url, {name: asdict(notes[name]) for name in names if name in notes})
+
     saved = time.monotonic()
     with ThreadPoolExecutor(THREADS) as threads:
-        found = threads.map(lambda name: _read_tar(root_url, name), missing)
+        found = threads.map(lambda name: _read_tar(root_url, name, unwanted), missing)
         for name, note in progress(zip(missing, found, strict=True), "verify", total=len(missing), unit="tar"):
             notes[name] = note
             if time.monotonic() - saved > NOTE_SECONDS:
-                layout.write_json(url, {name: asdict(note) for name, note in notes.items()})
+                note_down()
                 saved = time.monotonic()
-    if missing or set(before) != set(notes):
-        layout.write_json(url, {name: asdict(notes[name]) for name in names})
+    if before != notes:
+        note_down()
     return {name: notes[name] for name in names}
 
 
-def _read_tar(root_url: str, name: str) -> TarNotes:
+def _notes_before(url: str) -> dict[str, TarNotes]:
+    """What an earlier run has noted. Raises UserError if that cannot be read."""
+    try:
+        return {name: TarNotes(**note) for name, note in (layout.read_json(url) or {}).items()}
+    except TypeError as error:
+        raise UserError(f"{url} is damaged ({error}); remove it, and every tar is read again") from error
+
+
+def _read_tar(root_url: str, name: str, unwanted: Unwanted) -> TarNotes:
     url = storage.join(root_url, name)
     with tempfile.SpooledTemporaryFile(MEMORY_BYTES) as local:
         fetch_tar(url, local)  # type: ignore[arg-type]
         size = local.tell()
         try:
-            note = check_foreign_tar(local, name)  # type: ignore[arg-type]
+            note = check_foreign_tar(local, name, unwanted)  # type: ignore[arg-type]
         except DamagedTar as error:
             log.warning("damaged tar", tar=name, reason=str(error))
-            return TarNotes(bytes=size, fault=str(error))
+            return TarNotes(bytes=size, fault=str(error), excluded=unwanted.fingerprint)
     counts = layout.read_json(f"{url.removesuffix('.tar')}{layout.STATS_SUFFIX}") or {}
     claimed = counts.get("successes")
     if claimed is not None and claimed != note.samples + sum(note.causes.values()):

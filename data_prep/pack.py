@@ -24,6 +24,7 @@ if not __package__:
 from PIL import Image, UnidentifiedImageError
 
 from data_prep import layout, sources
+from data_prep.decontaminate import Excluded, check_distance, describe_lists, read_lists
 from data_prep.lock import only_run
 from data_prep.nouns import extract_nouns, merge_nouns
 from data_prep.prepare import normalise_caption
@@ -61,10 +62,15 @@ class PackConfig:
     """Pictures a shard."""
     nouns: bool = True
     """Name the things of a picture's captions (spaCy) in its json member, for the noun prompts of training."""
+    exclude: list[str] = field(default_factory=list)
+    """Lists of hashes of pictures that must not be in the data set, made by data_prep/decontaminate.py."""
+    exclude_distance: int = 4
+    """Bits of 64 in which a perceptual hash may differ from a listed one."""
 
     def __post_init__(self) -> None:
         if self.samples_per_shard < 1:
             raise ValueError("samples_per_shard must be at least 1")
+        check_distance("exclude_distance", self.exclude_distance)
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,8 @@ def _pack(config: PackConfig, images: Path, captions: Mapping[str, Sequence[str]
             print(as_table(Pack(**before), config.output))
             return
     left_out: Counter[str] = Counter()
-    usable = list(_usable(images, captions, left_out))
+    excluded = read_lists(tuple(config.exclude), config.exclude_distance) if config.exclude else None
+    usable = list(_usable(images, captions, left_out, excluded))
     if not usable:
         raise UserError(_why_nothing(config, left_out))
     nouns = _nouns([captions[name] for name in usable]) if config.nouns else [[] for _ in usable]
@@ -175,7 +182,9 @@ def as_table(made: Pack, output: str) -> str:
     return "\n".join([*table, f"{len(made.shards)} shards, indexed: {output}"])
 
 
-def _usable(images: Path, captions: Mapping[str, Sequence[str]], left_out: Counter[str]) -> Iterator[str]:
+def _usable(
+    images: Path, captions: Mapping[str, Sequence[str]], left_out: Counter[str], excluded: Excluded | None
+) -> Iterator[str]:
     """Names of the pictures that can be packed; the others are counted in ``left_out``."""
     root = images.resolve()
     for name in progress(captions, "look at pictures", unit="picture"):
@@ -189,6 +198,8 @@ def _usable(images: Path, captions: Mapping[str, Sequence[str]], left_out: Count
             left_out["no such file"] += 1
         elif _size_and_extension(path) is None:
             left_out["not a JPEG, PNG or WebP picture"] += 1
+        elif excluded is not None and (cause := excluded.cause_of(path.read_bytes())):
+            left_out[cause] += 1
         else:
             yield name
 
@@ -263,7 +274,10 @@ def _write_shard(output: str, shard: int, samples: Iterator[dict[str, Any]]) -> 
 
 
 def _fingerprint(captions_sha256: str, config: PackConfig) -> str:
-    shaping = {key: value for key, value in asdict(config).items() if key not in ("output", "images", "captions")}
+    own = ("output", "images", "captions", "exclude", "exclude_distance")
+    shaping = {key: value for key, value in asdict(config).items() if key not in own}
+    if config.exclude:
+        shaping |= {"exclude": describe_lists(config.exclude), "exclude_distance": config.exclude_distance}
     return hashlib.sha256(json.dumps([1, captions_sha256, shaping]).encode()).hexdigest()
 
 

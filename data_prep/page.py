@@ -3,12 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_prep import layout
+from data_prep import layout, sources
 from data_prep.causes import CAUSES
 from data_prep.report import Report
 from pacl_scale.pages import templates
 
 TEMPLATE = "data_report.html.j2"
+
+MOST_SHOWN = 30
+"""Domains and hosts on the page; the JSON has more of them."""
 
 STATUS_MEANINGS = {
     "http_403": "forbidden",
@@ -40,6 +43,8 @@ def as_page(report: Report) -> str:
     }
     return environment.get_template(TEMPLATE).render(
         report=report,
+        source=sources.SOURCES.get(report.source),
+        most=MOST_SHOWN,
         survey=survey,
         fates=_fates(report),
         causes=[{"cause": c, "rows": n, "means": _meaning(c)} for c, n in report.failures.items()],

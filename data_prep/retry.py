@@ -5,20 +5,19 @@ prepared lists, numbered after the last shard, in an order that spreads each hos
 gone (404, 410) is never asked for again, and hosts that keep failing rest longer each time.
 """
 
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from io import BytesIO
-from itertools import islice
-from typing import Any
-from urllib.parse import urlsplit
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_prep import layout
 from data_prep.causes import CAUSES
 from data_prep.prepare import LIST_SCHEMA, Plan, as_parquet
+from data_prep.survey import read_tables
 from pacl_scale import storage
 from pacl_scale.errors import UserError
 from pacl_scale.log import get_logger
@@ -110,19 +109,18 @@ def plan_round(
 
     All shards planned before must be finished.
     """
-    failed = _latest_failures(root_url, shard_count(plan, rounds), frozenset(causes))
-    if not failed:
+    failed = _latest_failures(root_url, shard_count(plan, rounds), plan.shards, frozenset(causes))
+    if not failed.num_rows:
         return None
     first_shard = shard_count(plan, rounds)
-    pieces = _pieces(_spread(failed), samples_per_shard)
-    for shard, piece in enumerate(pieces, start=first_shard):
-        table = pa.Table.from_pylist(piece, LIST_SCHEMA)
-        layout.write_bytes(layout.list_url(root_url, shard), as_parquet(table))
+    order = _spread(failed["url"])
+    starts = range(0, failed.num_rows, samples_per_shard)
+    for shard, start in enumerate(starts, start=first_shard):
+        piece = failed.take(order[start : start + samples_per_shard]).select(LIST_SCHEMA.names).cast(LIST_SCHEMA)
+        layout.write_bytes(layout.list_url(root_url, shard), as_parquet(piece))
+    counts = Counter({count["values"]: count["counts"] for count in pc.value_counts(failed["cause"]).to_pylist()})
     planned = Round(
-        first_shard=first_shard,
-        shards=-(-len(failed) // samples_per_shard),
-        rows=len(failed),
-        superseded=dict(Counter(row["cause"] for row in failed).most_common()),
+        first_shard=first_shard, shards=len(starts), rows=failed.num_rows, superseded=dict(counts.most_common())
     )
     # The lists count from the moment this is written.
     name = f"{ROUND_PREFIX}{len(rounds) + 1:05d}.json"
@@ -147,33 +145,32 @@ def retried_later(root_url: str, plan: Plan, rounds: Sequence[Round], shard: int
     return frozenset(ids)
 
 
-def _latest_failures(root_url: str, shards: int, causes: frozenset[str]) -> list[dict[str, Any]]:
-    """Rows whose last attempt failed for one of ``causes``, as they stand in their list, with that cause."""
-    failed: dict[int, dict[str, Any]] = {}
-    for shard in range(shards):
-        url = storage.join(root_url, f"{layout.shard_name(shard)}.parquet")
-        columns = [*LIST_SCHEMA.names, "cause"]
-        for row in pq.read_table(BytesIO(layout.read_bytes(url)), columns=columns).to_pylist():
-            if row["cause"] in causes:
-                failed[row["id"]] = row
-            else:
-                failed.pop(row["id"], None)
-    return list(failed.values())
+def _latest_failures(root_url: str, shards: int, first_retry: int, causes: frozenset[str]) -> pa.Table:
+    """Rows whose last attempt failed for one of ``causes``, as they stand in their list, with that cause.
+
+    They stay in Arrow's columns: as Python's objects the failures of CC12M would take gigabytes.
+    """
+    columns = [*LIST_SCHEMA.names, "cause"]
+    wanted = pa.array(sorted(causes), pa.string())
+    found: list[tuple[int, pa.Table]] = []
+    # The last attempts come first: an id that was seen in a retry has its earlier attempts behind it.
+    retried = np.empty(0, np.uint64)
+    for shard, table in read_tables(root_url, list(reversed(range(shards))), columns):
+        ids = table["id"].to_numpy()
+        is_last = pa.array(~np.isin(ids, retried))
+        if shard >= first_retry:
+            retried = np.union1d(retried, ids)
+        found.append((shard, table.filter(pc.and_(is_last, pc.is_in(table["cause"], wanted)))))
+    tables = [table for _, table in sorted(found, key=lambda pair: pair[0])]
+    return pa.concat_tables(tables) if tables else pa.table({name: [] for name in columns})
 
 
-def _spread(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The same rows, a host's next one only after one of every other host that still has some."""
-    hosts: dict[str, deque[dict[str, Any]]] = {}
-    for row in rows:
-        hosts.setdefault(urlsplit(row["url"]).netloc, deque()).append(row)
-    while hosts:
-        for host in list(hosts):
-            yield hosts[host].popleft()
-            if not hosts[host]:
-                del hosts[host]
-
-
-def _pieces(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    rows = iter(rows)
-    while piece := list(islice(rows, size)):
-        yield piece
+def _spread(urls: pa.ChunkedArray) -> np.ndarray:
+    """Order in which a host's next row comes only after one of every other host that still has some."""
+    hosts = pc.struct_field(pc.extract_regex(urls, r"^https?://(?P<host>[^/?#]*)"), "host")
+    numbers = hosts.combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
+    by_host = np.argsort(numbers, kind="stable")
+    sizes = np.bincount(numbers)
+    turn = np.empty(len(numbers), np.int64)
+    turn[by_host] = np.arange(len(numbers)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.lexsort((numbers, turn))

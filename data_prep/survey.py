@@ -18,8 +18,8 @@ from data_prep import layout
 from pacl_scale import storage
 
 THREADS = 4
-MOST_HOSTS = 30
-"""Hosts that the report names: those that most rows ask."""
+MOST_HOSTS = 1000
+"""Hosts and domains that the report's JSON names: those that most rows ask."""
 
 COLUMNS = ["id", "url", "caption", "cause", "original_width", "original_height"]
 
@@ -63,24 +63,47 @@ class Survey:
 
     def as_dict(self) -> dict[str, Any]:
         """What goes into the report."""
-        hosts = [
-            {
-                "host": host,
-                "rows": rows,
-                "got": self.got_of_host[host],
-                "causes": dict(self.causes_of_host.get(host, Counter()).most_common(3)),
-            }
-            for host, rows in sorted(self.rows_of_host.items(), key=lambda item: (-item[1], item[0]))[:MOST_HOSTS]
-        ]
+        rows_of_domain, got_of_domain = Counter[str](), Counter[str]()
+        causes_of_domain: dict[str, Counter[str]] = {}
+        for host, rows in self.rows_of_host.items():
+            domain = domain_of(host)
+            rows_of_domain[domain] += rows
+            got_of_domain[domain] += self.got_of_host[host]
+            causes_of_domain.setdefault(domain, Counter()).update(self.causes_of_host.get(host, Counter()))
         return {
             "failures": dict(self.causes.most_common()),
             "hosts": len(self.rows_of_host),
             "hosts_without_success": sum(1 for host in self.rows_of_host if not self.got_of_host[host]),
-            "by_host": hosts,
+            "by_host": _rates("host", self.rows_of_host, self.got_of_host, self.causes_of_host),
+            "domains": len(rows_of_domain),
+            "by_domain": _rates("domain", rows_of_domain, got_of_domain, causes_of_domain),
             "shorter_side": {"bounds": list(SIDES), "counts": self.sides.tolist()},
             "aspect": {"bounds": list(ASPECTS), "counts": self.aspects.tolist()},
             "caption_length": {"bounds": list(CAPTIONS), "counts": self.captions.tolist()},
         }
+
+
+def _rates(
+    kind: str, rows_of: Counter[str], got_of: Counter[str], causes_of: dict[str, Counter[str]]
+) -> list[dict[str, Any]]:
+    ordered = sorted(rows_of.items(), key=lambda item: (-item[1], item[0]))[:MOST_HOSTS]
+    return [
+        {kind: name, "rows": rows, "got": got_of[name], "causes": dict(causes_of.get(name, Counter()).most_common(3))}
+        for name, rows in ordered
+    ]
+
+
+def domain_of(host: str) -> str:
+    """What somebody has registered, of a host with or without a port: ``example.co.uk`` for ``a.example.co.uk:80``.
+
+    A rule of thumb instead of the list of all suffixes: two labels, three below a short one of a country (``co.uk``).
+    """
+    name = host if host.startswith("[") else host.partition(":")[0]
+    labels = name.split(".")
+    if name.startswith("[") or labels[-1].isdigit():
+        return name
+    below_country = len(labels) > 2 and len(labels[-1]) == 2 and len(labels[-2]) <= 3
+    return ".".join(labels[-3:] if below_country else labels[-2:])
 
 
 def survey_shards(root_url: str, shards: Sequence[int], first_retry: int) -> dict[str, Any]:
@@ -92,10 +115,10 @@ def survey_shards(root_url: str, shards: Sequence[int], first_retry: int) -> dic
     survey = Survey()
     # The last attempts come first: an id that was seen in a retry stands for its earlier attempts too.
     retried = np.empty(0, np.uint64)
-    for shard, table in _tables(root_url, [shard for shard in reversed(shards) if shard >= first_retry]):
+    for shard, table in read_tables(root_url, [shard for shard in reversed(shards) if shard >= first_retry], COLUMNS):
         del shard
         retried = np.union1d(retried, _count(survey, table, retried))
-    for _, table in _tables(root_url, [shard for shard in shards if shard < first_retry]):
+    for _, table in read_tables(root_url, [shard for shard in shards if shard < first_retry], COLUMNS):
         _count(survey, table, retried)
     return survey.as_dict()
 
@@ -117,10 +140,16 @@ def _hosts(urls: pa.ChunkedArray) -> pa.Array:
     return pc.struct_field(found, "host")
 
 
-def _tables(root_url: str, shards: Sequence[int]) -> Iterable[tuple[int, pa.Table]]:
+def read_tables(root_url: str, shards: Sequence[int], columns: Sequence[str]) -> Iterable[tuple[int, pa.Table]]:
+    """Number and some columns of each finished shard's parquet file, in the order of ``shards``; a few are read ahead.
+
+    Raises:
+        UserError, RunFailed: one cannot be read.
+    """
+
     def read(shard: int) -> pa.Table:
         content = layout.read_bytes(storage.join(root_url, f"{layout.shard_name(shard)}.parquet"))
-        return pq.read_table(pa.BufferReader(content), columns=COLUMNS)
+        return pq.read_table(pa.BufferReader(content), columns=list(columns))
 
     with ThreadPoolExecutor(THREADS) as threads:
         for start in range(0, len(shards), 2 * THREADS):

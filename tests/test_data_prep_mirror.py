@@ -1,5 +1,6 @@
 """Tars that somebody else made: read to their end, indexed where they lie, damaged ones named and left out."""
 
+import hashlib
 import io
 import json
 import subprocess
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 from web_farm import draw, encoded
 
+from data_prep.decontaminate import perceptual_hash
 from data_prep.download import main
 from data_prep.mirror import check_foreign_tar
 from pacl_scale import storage
-from pacl_scale.data.index import SampleIndex
+from pacl_scale.data.index import SampleIndex, hash_key
 from pacl_scale.data.tar import DamagedTar
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,6 +91,30 @@ def test_a_mirror_is_verified_and_indexed(
     assert "has 9 rows where expect.rows is 10" in capsys.readouterr().err
 
 
+def test_evaluation_pictures_are_left_out_of_a_mirror(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the same file and as a resized copy; other lists mean that every tar is looked at again."""
+    (tmp_path / "set").mkdir()
+    for tar in range(2):
+        members = {name: content for n in range(3) for name, content in sample(3 * tar + n).items()}
+        (tmp_path / f"set/{tar:04d}.tar").write_bytes(tar_of(members))
+    same, near = encoded(draw(1)), perceptual_hash(encoded(draw(5).resize((480, 320)), quality=60))
+    (tmp_path / "one.txt").write_text(f"sha256:{hashlib.sha256(same).hexdigest()}\n")
+    (tmp_path / "other.txt").write_text(f"phash:{near:016x}\n")
+    keys = {}
+    for name in ("one", "other"):
+        assert main(["mirror", f"output={tmp_path / 'set'}", f"fetch.exclude=[{tmp_path / name}.txt]"]) == 0
+        report = json.loads((tmp_path / "set/report.json").read_text())
+        assert (report["got"], report["failures"]) == (5, {"evaluation_picture": 1})
+        keys[name] = set(SampleIndex.load(str(tmp_path / "set")).key.tolist())
+    assert keys["one"] ^ keys["other"] == {hash_key("00001"), hash_key("00005")}
+    assert main(["mirror", f"output={tmp_path / 'set'}"]) == 0
+    assert len(SampleIndex.load(str(tmp_path / "set"))) == 6
+    (tmp_path / "set/mirror.json").write_text('{"0000.tar": {"byte": 1}}')
+    capsys.readouterr()
+    assert main(["mirror", f"output={tmp_path / 'set'}"]) == 2
+    assert "mirror.json is damaged" in capsys.readouterr().err
+
+
 def test_tars_of_img2dataset_are_held_against_their_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "00000.tar").write_bytes(tar_of(sample(1)))
     (tmp_path / "00001.tar").write_bytes(tar_of(sample(2)))
@@ -118,6 +144,7 @@ def test_a_flipped_bit_in_a_header_is_damage() -> None:
     [
         ([], "holds no tars"),
         (["parts=2"], "not cut into parts"),
+        ([f"expect.sha256={'0' * 64}"], "a mirror has no list"),
         (["--slurm"], "--slurm queues downloads"),
     ],
 )

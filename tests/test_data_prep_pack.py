@@ -1,5 +1,6 @@
 """A folder of captioned pictures to tars."""
 
+import hashlib
 import io
 import json
 import tarfile
@@ -79,6 +80,15 @@ def test_pictures_are_packed_as_they_are(folder: Path, capsys: pytest.CaptureFix
         "path leads out of the folder": 1,
     }
     assert "2 shards, indexed" in capsys.readouterr().out
+
+
+def test_evaluation_pictures_are_left_out(folder: Path) -> None:
+    output, listed = folder / "out", folder / "voc.txt"
+    listed.write_text(f"sha256:{hashlib.sha256((folder / 'images/d.jpg').read_bytes()).hexdigest()}\n")
+    assert run(folder, str(output), "nouns=false", f"exclude=[{listed}]") == 0
+    account = json.loads((output / "pack.json").read_text())
+    assert (account["samples"], account["left_out"]["evaluation_picture"]) == (3, 1)
+    assert run(folder, str(output), "nouns=false") == 2  # another data set
 
 
 def test_twice_is_once_and_what_is_missing_is_made_again(folder: Path) -> None:

@@ -13,6 +13,7 @@ from web_farm import WebFarm
 from data_prep import layout, retry
 from data_prep.download import main
 from data_prep.prepare import read_plan
+from data_prep.survey import domain_of
 from pacl_scale.data.index import SampleIndex
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,6 +88,7 @@ def test_the_account_in_figures_and_for_reading(finished: Path) -> None:
     survey = report["survey"]
     (host,) = survey["by_host"]
     assert (host["rows"], host["got"], host["causes"]) == (18, 14, {"http_500": 2, "http_404": 1, "opt_out": 1})
+    assert (survey["domains"], survey["by_domain"][0]["domain"], survey["by_domain"][0]["got"]) == (1, "127.0.0.1", 14)
     assert survey["shorter_side"]["counts"] == [0, 14, 0, 0, 0, 0, 0, 0, 0, 0]  # 96 x 64
     assert survey["aspect"]["counts"][7] == 14 and sum(survey["aspect"]["counts"]) == 14
     assert survey["caption_length"]["counts"] == [0, 14, *[0] * 8]
@@ -94,6 +96,20 @@ def test_the_account_in_figures_and_for_reading(finished: Path) -> None:
     assert not page.open and not page.elsewhere
     for words in ("14 samples of 18 that were expected", "http_404", "not found", "77.8 %", report["list_sha256"]):
         assert words in page.text
+
+
+def test_domains_of_hosts() -> None:
+    hosts = [
+        "a.example.org",
+        "example.org:8080",
+        "b.a.example.co.uk",
+        "co.uk",
+        "farm5.static.flickr.com",
+        "10.0.0.1:80",
+    ]
+    domains = ["example.org", "example.org", "example.co.uk", "co.uk", "flickr.com", "10.0.0.1"]
+    assert [domain_of(host) for host in hosts] == domains
+    assert domain_of("[::1]:80") == "[::1]:80" and domain_of("localhost") == "localhost"
 
 
 def test_captions_of_strangers_are_escaped() -> None:
