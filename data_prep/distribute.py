@@ -8,7 +8,6 @@ their place; a shard that is not made is known by its missing counts.
 
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -20,7 +19,7 @@ from typing import Any
 import psutil
 
 from data_prep import beside
-from data_prep.imports import without
+from data_prep.imports import light_img2dataset
 from data_prep.workers import ATTEMPTS, Outcome, die_with_parent, run_tasks
 from pacl_scale.errors import UserError
 
@@ -170,9 +169,7 @@ def _kill(number: int | None) -> None:
 def _call(how: str, supervised: Supervised, shards: Sequence[int], processes: int) -> None:
     die_with_parent()
     _set_environment()
-    with without("torch"), warnings.catch_warnings():
-        # It imports a module of the standard library that is on its way out.
-        warnings.simplefilter("ignore", DeprecationWarning)
+    with light_img2dataset():
         from img2dataset import distributor
     call = {
         "multiprocessing": distributor.multiprocessing_distributor,

@@ -22,7 +22,8 @@ from data_prep.decoder import WatchedResizer
 from data_prep.decontaminate import check_distance, describe_lists
 from data_prep.distribute import distribute, require
 from data_prep.guard import FIRST_BYTES, Limits, install
-from data_prep.imports import without
+from data_prep.imports import light_img2dataset
+from data_prep.tracking import reported
 from data_prep.workers import Outcome
 from pacl_scale import storage
 from pacl_scale.errors import RunFailed, UserError
@@ -91,6 +92,8 @@ class FetchConfig:
     """An address (URL or e-mail) that the user agent names, so that a server's owner can write to you."""
     scratch: str | None = None
     """Local folder for shards in the making, room for one a process; the system's temporary folder by default."""
+    wandb_project: str | None = None
+    """Project of Weights & Biases to report speed, success and causes to, as img2dataset does; null reports nothing."""
 
     def __post_init__(self) -> None:
         for name in ("processes", "threads", "image_size", "request_seconds", "silence_seconds", "shard_seconds"):
@@ -145,7 +148,7 @@ def fetch(
             scratch,
         )
         seeing = outcomes if is_retry else _while_seeing(root_url, outcomes, len(shards))
-        for outcome in shown(seeing, len(shards)):
+        for outcome in shown(reported(seeing, root_url, config), len(shards)):
             if outcome.fault is not None:
                 faults[outcome.task] = outcome.fault
                 log.warning("shard failed", shard=layout.shard_name(outcome.task), reason=outcome.fault)
@@ -195,7 +198,7 @@ def download_shard(
     _set_environment(config)
     import data_prep.verify  # noqa: F401 - what it needs may need torch; the rest below does not
 
-    with without("torch"):
+    with light_img2dataset():
         from data_prep.shard import ShardDownloader, ShardWriter
 
     opener = install(limits(config, backoff_s, os.path.join(scratch, "hosts")))
@@ -230,7 +233,7 @@ def download_shard(
 def resizer_of(config: FetchConfig) -> Any:
     """What makes a JPEG of a body, as the configuration says."""
     _set_environment(config)
-    with without("torch"):
+    with light_img2dataset():
         from data_prep.decontaminate import read_lists
         from data_prep.picture import PictureResizer
 
@@ -247,10 +250,8 @@ def resizer_of(config: FetchConfig) -> Any:
 
 
 def _set_environment(config: FetchConfig) -> None:
-    # Both are read at import. OpenCV's limit is a second lock behind the look at the header; albumentations,
-    # which img2dataset resizes with, would ask a package index whether there is a newer version of itself.
+    # Read at import; a second lock behind the look at the header.
     os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(round(config.largest_megapixels * 1e6))
-    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 
 
 def pin_pictures(root_url: str, config: FetchConfig) -> None:

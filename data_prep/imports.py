@@ -1,6 +1,8 @@
 """Import a library without a heavy one that it would pull in for parts that are not used here."""
 
+import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,3 +22,14 @@ def without(module: str) -> Iterator[None]:
         yield
     finally:
         del sys.modules[module]
+
+
+@contextmanager
+def light_img2dataset() -> Iterator[None]:
+    """Within the block img2dataset is imported without torch, without a look for updates, and without a word."""
+    # albumentations, which img2dataset resizes with, would ask a package index for a newer version of itself.
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+    with without("torch"), warnings.catch_warnings():
+        # It imports a module of the standard library that is on its way out.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield

@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import os
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,8 @@ def test_csv_with_and_without_header(tmp_path: Path) -> None:
     path = tmp_path / "list.csv"
     path.write_text('x,url,caption\n1,http://h/1,"a dog, a ""cat"""\n1,2\n')
     assert list(read_rows(str(path), PAIRS)) == [Row("http://h/1", 'a dog, a "cat"'), Row(None, None)]
+    path.write_text("url,caption\nhttp://h/1,a dog\n", encoding="utf-8-sig")  # as spreadsheets do
+    assert list(read_rows(str(path), PAIRS)) == [Row("http://h/1", "a dog")]
     path.write_text('"a dog",http://h/1\n')
     assert list(read_rows(str(path), PAIRS)) == [Row("http://h/1", "a dog")]
 
@@ -96,8 +99,14 @@ def test_yfcc_is_joined_with_its_metadata(tmp_path: Path) -> None:
 def test_a_list_that_is_not_yfcc(tmp_path: Path) -> None:
     (tmp_path / "subset.tsv").write_text("a dog\thttp://h/1\n")
     (tmp_path / "metadata").write_text("")
-    with pytest.raises(UserError, match="photo id"):
-        list(read_rows(str(tmp_path / "subset.tsv"), SOURCES["yfcc15m"], str(tmp_path / "metadata")))
+    for listed in ("a dog\thttp://h/1\n", "1\t\u00b2\tabc\n", f"1\t{'9' * 20}\tabc\n"):
+        (tmp_path / "subset.tsv").write_text(listed)
+        with pytest.raises(UserError, match="photo id"):
+            list(read_rows(str(tmp_path / "subset.tsv"), SOURCES["yfcc15m"], str(tmp_path / "metadata")))
+    (tmp_path / "subset.tsv").write_text("1\t5\tabc\n")
+    (tmp_path / "metadata").write_text(yfcc_line(5, "a+dog").replace("\t5\t", f"\t{'9' * 20}\t"))
+    rows = list(read_rows(str(tmp_path / "subset.tsv"), SOURCES["yfcc15m"], str(tmp_path / "metadata")))
+    assert rows == [Row(None, None, "not in the metadata")]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/data").glob("*.yaml")), ids=lambda path: path.stem)
@@ -121,6 +130,7 @@ def test_every_configuration_loads(path: Path) -> None:
         ("list.parquet", b"no parquet at all", "cannot be read"),
         ("list.tsv.gz", b"not compressed", "cannot be read"),
         ("list.tsv.bz2", b"not compressed", "cannot be read"),
+        ("damaged.tsv.gz", gzip.compress(b"a dog\thttp://h/1\n" * 999)[:20] + b"\xff" * 40, "cannot be read"),
         ("other.parquet", "table", "no column caption or url"),
     ],
 )
@@ -255,6 +265,60 @@ def test_a_killed_preparation_leaves_no_stale_shards(tmp_path: Path) -> None:
     Path(layout.list_url(out, 0)).rename(layout.list_url(out, 7))
     assert prepare.prepare(_list_of(tmp_path, ["a cat\thttp://h/2"]), PAIRS, out, WITHOUT_NOUNS).shards == 1
     assert list(layout.file_sizes(str(Path(out, "list")), ".parquet")) == ["00000.parquet"]
+
+
+def test_a_killed_preparation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it had written stays, and is not tagged again; the plan is that of a run in one piece."""
+    rows = [f"a dog, number {n}\thttp://h/{n}" for n in range(20)] + ["x\thttp://h/99", "again\thttp://h/3"]
+    url_list, whole, cut = _list_of(tmp_path, rows), str(tmp_path / "whole"), str(tmp_path / "cut")
+    config = PrepareConfig(samples_per_shard=4)
+    plan = prepare.prepare(url_list, PAIRS, whole, config)
+    real, tagged, written = prepare._table, [], layout.write_bytes
+
+    def table(piece: list, with_nouns: bool) -> pa.Table:
+        tagged.append(len(piece))
+        return real(piece, with_nouns)
+
+    def killed(url: str, content: bytes) -> None:
+        if url.endswith("00002.parquet"):
+            raise KeyboardInterrupt
+        written(url, content)
+
+    monkeypatch.setattr(prepare, "_table", table)
+    monkeypatch.setattr(layout, "write_bytes", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.prepare(url_list, PAIRS, cut, config)
+    monkeypatch.setattr(layout, "write_bytes", written)
+    stamps = {path: path.stat().st_mtime_ns for path in Path(cut, "list").glob("*.parquet")}
+    assert len(stamps) == 2
+    del tagged[:]
+    assert prepare.prepare(url_list, PAIRS, cut, config) == plan
+    assert tagged == [4, 4, 4]
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    for path in Path(whole, "list").iterdir():
+        assert Path(cut, "list", path.name).read_bytes() == path.read_bytes()
+    assert len(list(Path(cut, "list").iterdir())) == len(list(Path(whole, "list").iterdir()))
+
+
+def test_a_list_that_has_not_changed_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url_list, out = _list_of(tmp_path, ["a dog\thttp://h/1"]), str(tmp_path / "out")
+    first = prepare.prepare(url_list, PAIRS, out, WITHOUT_NOUNS)
+    real, read = sources.sha256_of, []
+    monkeypatch.setattr(sources, "sha256_of", lambda url: read.append(url) or real(url))
+    assert prepare.prepare(url_list, PAIRS, out, WITHOUT_NOUNS) == first and not read
+    os.utime(url_list, (1, 1))
+    assert prepare.prepare(url_list, PAIRS, out, WITHOUT_NOUNS) == first and read == [url_list]
+
+
+def test_a_missing_list_says_where_it_is_published(tmp_path: Path) -> None:
+    config, out = PrepareConfig(nouns=False), str(tmp_path / "out")
+    with pytest.raises(UserError, match=r"no such file; cc3m comes from https://ai.google.com.*acknowledgement.*lower"):
+        prepare.prepare(str(tmp_path / "x.tsv"), SOURCES["cc3m"], out, config)
+    with pytest.raises(UserError, match="no such file$"):
+        prepare.prepare(str(tmp_path / "x.tsv"), PAIRS, out, config)
+    (tmp_path / "x.tsv").write_text("1\t2\tabc\n")
+    with pytest.raises(UserError, match="metadata.bz2: there is no such file; yfcc15m comes from"):
+        prepare.prepare(str(tmp_path / "x.tsv"), SOURCES["yfcc15m"], out, config, str(tmp_path / "metadata.bz2"))
 
 
 def test_strangers_tars_are_left_alone(tmp_path: Path) -> None:

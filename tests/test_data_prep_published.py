@@ -7,10 +7,14 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from web_farm import WebFarm
 
+from data_prep import sources
 from data_prep.download import main
+from pacl_scale import storage
 from pacl_scale.data.index import SampleIndex
 
 GOOD = 8
@@ -29,9 +33,9 @@ def metadata_line(photo: int, url: str, title: str, description: str, marker: in
 
 
 def write_list(name: str, folder: Path, farm: WebFarm) -> list[str]:
-    """A list of eight pictures, one that is gone and one row that cannot be used; returns the words that name it."""
-    urls = [farm.url(f"ok/{name}{n}.jpg") for n in range(GOOD)] + [farm.url(f"gone/{name}")]
-    captions = [f"a <PERSON> with dog number {n}" for n in range(GOOD + 1)]
+    """Eight pictures, one that is gone, one that heals, one row that cannot be used; returns the words that name it."""
+    urls = [farm.url(f"ok/{name}{n}.jpg") for n in range(GOOD)] + [farm.url(f"gone/{name}"), farm.url(f"heals/{name}")]
+    captions = [f"a <PERSON> with dog number {n}" for n in range(GOOD + 2)]
     if name == "yfcc15m":
         ids = [101 + n for n in range(len(urls))]
         listed = "".join(f"{n}\t{photo}\tabcdef\n" for n, photo in enumerate([*ids, 999]))
@@ -48,23 +52,34 @@ def write_list(name: str, folder: Path, farm: WebFarm) -> list[str]:
     return [f"url_list={folder / 'list.tsv'}"]
 
 
+@pytest.mark.s3
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cc3m", "cc12m", "yfcc15m"])
 def test_from_the_list_to_the_index(
-    name: str, farm: WebFarm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, farm: WebFarm, s3_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [name, *write_list(name, tmp_path, farm), f"output={tmp_path / 'set'}"]
-    words += ["prepare.nouns=false", "fetch.processes=1", "fetch.threads=4", "fetch.allowed_networks=[127.0.0.0/8]"]
+    """On the object store, with the nouns of one of them; what heals is brought by a retry, and all is read back."""
+    words = [name, *write_list(name, tmp_path, farm), f"output={s3_url}", f"prepare.nouns={name == 'cc12m'}".lower()]
+    words += ["prepare.noun_processes=1", "fetch.processes=1", "fetch.threads=4"]
+    words += ["fetch.allowed_networks=[127.0.0.0/8]", "retry.backoff_seconds=0.05"]
     assert main(words) == 2
-    assert "10 rows where expect.rows is" in capsys.readouterr().err
+    assert "11 rows where expect.rows is" in capsys.readouterr().err
+    assert not storage.exists(s3_url)
     assert main([*words, "expect.rows=null"]) == 0
-    report = json.loads((tmp_path / "set/report.json").read_text())
-    assert (report["source"], report["list_rows"], report["expected"], report["got"]) == (name, 10, 9, GOOD)
+    report = json.loads(storage.read_bytes(f"{s3_url}/report.json"))
+    assert (report["source"], report["list_rows"], report["expected"], report["got"]) == (name, 11, 10, GOOD)
     assert report["left_out"] == {"a video" if name == "yfcc15m" else "malformed row": 1}
-    assert report["failures"] == {"http_410": 1}
-    assert len(SampleIndex.load(str(tmp_path / "set"))) == GOOD
+    assert report["failures"] == {"http_410": 1, "http_500": 1}
+    assert len(SampleIndex.load(s3_url)) == GOOD
     assert (report["metadata_sha256"] is not None) == (name == "yfcc15m")
-    with tarfile.open(fileobj=io.BytesIO((tmp_path / "set/00000.tar").read_bytes())) as tar:
+    assert sources.SOURCES[name].licence.split(";")[0] in storage.read_bytes(f"{s3_url}/report.html").decode()
+    assert main(["retry", *words]) == 0 and main(["verify", *words]) == 0
+    assert "2 of 2 shards are sound, 9 samples" in capsys.readouterr().out
+    listed = pq.read_table(pa.BufferReader(storage.read_bytes(f"{s3_url}/list/00000.parquet")))
+    assert (["dog", "number"] in listed["nouns"].to_pylist() or ["person", "dog"] in listed["nouns"].to_pylist()) == (
+        name == "cc12m"
+    )
+    with tarfile.open(fileobj=io.BytesIO(storage.read_bytes(f"{s3_url}/00000.tar"))) as tar:
         members = [tar.extractfile(member) for member in tar if member.name.endswith(".txt")]
         texts = [member.read().decode() for member in members if member]
     who = "man" if name == "yfcc15m" else "person"

@@ -89,7 +89,15 @@ def test_a_list_is_downloaded_by_jobs_on_two_nodes(
     assert (report["expected"], report["got"], report["failures"]) == (24, 20, {"http_500": 3, "http_404": 1})
     assert len(SampleIndex.load(s3_url)) == 20
     assert all(farm.requests[f"ok/{n}.jpg"] == 1 for n in range(20))
-    assert {cluster.field(f"{number}_{task}", "NodeList") for task in range(2)} <= {"n1", "n2"}
+    assert {cluster.field(f"{number}_{task}", "NodeList") for task in range(2)} == {"n1", "n2"}
+
+    # A retry as jobs: one that plans the round, then the parts.
+    assert main(["retry", *words, *more, "retry.backoff_seconds=0.05", "--slurm"]) == 0
+    out = capsys.readouterr().out
+    number = next(line.split()[1] for line in out.splitlines() if line.startswith("parts"))
+    array_done(cluster, number, 2, tmp_path)
+    report = report_of(s3_url)
+    assert (report["got"], report["retried"], report["failures"]) == (23, 3, {"http_404": 1})
 
 
 @pytest.mark.slurm

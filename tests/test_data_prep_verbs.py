@@ -188,6 +188,30 @@ def test_pictures_of_another_kind_do_not_join(copy: Path, capsys: pytest.Capture
     assert "holds pictures made with fetch.image_size=224" in capsys.readouterr().err
 
 
+def test_files_of_others_are_no_shards(copy: Path) -> None:
+    (copy / "x_stats.json").write_text("{}")
+    assert run("index", copy) == 0
+
+
+def test_settings_that_a_verb_would_ignore(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb, word in (("index", "again=true"), ("report", "verify=all"), ("prepare", "verify=all")):
+        assert run(verb, copy, word) == 2
+        assert word.partition("=")[0] in capsys.readouterr().err
+
+
+def test_a_retry_of_an_unfinished_set_is_not_queued(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layout.remove_shard(str(copy), 1)
+    assert run("retry", copy, "--slurm") == 2
+    assert "1 shards are not made yet" in capsys.readouterr().err
+
+
+def test_scratch_that_cannot_be_used(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layout.remove_shard(str(copy), 1)
+    (tmp_path / "file").touch()
+    assert run("retry", copy, f"fetch.scratch={tmp_path / 'file'}") == 2
+    assert "fetch.scratch: " in capsys.readouterr().err
+
+
 def test_verbs_without_a_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for verb in ("verify", "index", "report", "retry"):
         assert run(verb, tmp_path) == 2
