@@ -42,7 +42,21 @@ PICTURES = 32
 SIZE = (320, 240)
 
 BAD_SHARE = 0.05
-"""Of the URLs; they answer 404."""
+"""Of the URLs; they answer as the kinds below, by turns."""
+
+BAD = {
+    "missing": "http_404",
+    "gone": "http_410",
+    "error": "http_500",
+    "busy": "http_429",
+    "empty": "empty",
+    "text": "not_an_image",
+    "cut": "truncated",
+    "loop": "redirects",
+    "noai": "opt_out",
+    "gibberish": "protocol",
+}
+"""What the web server does wrong, and the cause that a row must end with; nothing that waits, on either side."""
 
 WORDS = ["dog", "cat", "man", "woman", "child", "horse", "table", "chair", "street", "tree", "red", "old", "near", "on"]
 PLAIN = """
@@ -103,11 +117,22 @@ class _Answer(socketserver.StreamRequestHandler):
         path = self.rfile.readline().split()[1].decode()
         while self.rfile.readline().strip():
             pass
-        if path.startswith("/missing"):
-            self.wfile.write(b"HTTP/1.0 404 Not Found\r\nContent-Length: 0\r\n\r\n")
-            return
-        body = _pictures[int(path.strip("/.jpg")) % PICTURES]
-        self.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        kind, _, name = path.strip("/").rpartition("/")
+        body = _pictures[int(name.removesuffix(".jpg")) % PICTURES]
+        whole = b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n" % len(body)
+        answers = {
+            "missing": b"HTTP/1.0 404 Not Found\r\nContent-Length: 0\r\n\r\n",
+            "gone": b"HTTP/1.0 410 Gone\r\nContent-Length: 0\r\n\r\n",
+            "error": b"HTTP/1.0 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n",
+            "busy": b"HTTP/1.0 429 Too Many Requests\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n",
+            "empty": b"HTTP/1.0 200 OK\r\nContent-Length: 0\r\n\r\n",
+            "text": b"HTTP/1.0 200 OK\r\nContent-Length: 13\r\n\r\n<html></html>",
+            "cut": whole + b"\r\n" + body[: len(body) // 2],
+            "loop": b"HTTP/1.0 302 Found\r\nLocation: %s\r\nContent-Length: 0\r\n\r\n" % path.encode(),
+            "noai": whole + b"X-Robots-Tag: noai\r\n\r\n" + body,
+            "gibberish": b"\x16\x03\x01 this is no HTTP\r\n\r\n",
+        }
+        self.wfile.write(answers.get(kind, whole + b"\r\n" + body))
 
 
 _pictures: list[bytes] = []
@@ -144,7 +169,8 @@ def write_urls(path: Path, address: str, urls: int) -> None:
     """A list in CC3M's layout, with a header for plain img2dataset's reader in a second file beside it."""
     bad = round(urls * BAD_SHARE)
     rows = [f"a dog near a chair number {n}\t{address}/{n}.jpg" for n in range(urls - bad)]
-    rows += [f"a cat that is gone {n}\t{address}/missing/{n}" for n in range(bad)]
+    kinds = list(BAD)
+    rows += [f"a cat that is gone {n}\t{address}/{kinds[n % len(kinds)]}/{n}" for n in range(bad)]
     random.Random(0).shuffle(rows)
     path.write_text("\n".join(rows) + "\n")
     path.with_suffix(".headed.tsv").write_text("caption\turl\n" + "\n".join(rows) + "\n")
@@ -180,17 +206,20 @@ def plain(url_list: Path, output: Path, shard: int) -> list[str]:
 
 
 def download_speed(command: list[str], output: Path) -> dict[str, float]:
-    """Run a download; images/s while all processes are at work, and from the first shard's start to the last's end.
+    """Run a download; images/s while all processes are at work, from the first shard's start to the last's end, and of
+    the whole command, which is what a user waits for: imports, list, verification and index included.
 
     The first is what a shard takes from its start until it is in its place, times the number of processes: it does
     not depend on which process was first with its imports, nor on how evenly the last shards end.
     """
     environment = os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1"}
+    started = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     watched, memory = psutil.Process(process.pid), []
     while process.poll() is None:
         memory.append(_memory_of(watched))
         time.sleep(0.25)
+    command_s = time.monotonic() - started
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}")
     stats = [(json.loads(path.read_text()), path.stat().st_mtime) for path in output.glob("*_stats.json")]
@@ -201,6 +230,7 @@ def download_speed(command: list[str], output: Path) -> dict[str, float]:
     return {
         "images_per_s": images * PROCESSES / busy_s,
         "images_per_s_wall": images / wall_s,
+        "images_per_s_command": images / command_s,
         "peak_mb": max(memory),
         "growth": max(memory[half:]) / max(max(memory[:half]), 1.0),
     }
@@ -217,12 +247,13 @@ def _memory_of(process: psutil.Process) -> float:
 
 
 def states(url_list: Path, output: Path) -> tuple[int, int]:
-    """Rows of the list, and how many of them end in exactly one state: in a shard, or among what was left out."""
+    """Rows of the list, and how many of them end in exactly one state, a failure with the cause that was served."""
     listed = Counter(line.split("\t")[1] for line in url_list.read_text().splitlines())
     ended: Counter[str] = Counter()
     for path in output.glob("[0-9]*.parquet"):
         for row in pq.read_table(path, columns=["url", "status", "cause"]).to_pylist():
-            ended[row["url"]] += int((row["status"] == "success") == (row["cause"] is None))
+            cause = BAD.get(row["url"].split("/")[3])
+            ended[row["url"]] += int((row["status"] == "success") == (cause is None) and row["cause"] == cause)
     left_out = sum(json.loads((output / "report.json").read_text())["left_out"].values())
     return listed.total(), sum(1 for url in listed if ended[url] == 1) + left_out
 
@@ -253,6 +284,7 @@ def main() -> None:
         captions_per_s = noun_speed(500 if arguments.quick else 10_000)
     best = {name: max(run["images_per_s"] for run in runs) for name, runs in found.items()}
     wall = {name: max(run["images_per_s_wall"] for run in runs) for name, runs in found.items()}
+    whole = {name: max(run["images_per_s_command"] for run in runs) for name, runs in found.items()}
     write(
         {
             "benchmark": "data_prep",
@@ -260,6 +292,9 @@ def main() -> None:
             "machine": describe(),
             "over_img2dataset": best["ours"] / best["plain"],
             "over_img2dataset_wall": wall["ours"] / wall["plain"],
+            "over_img2dataset_command": whole["ours"] / whole["plain"],
+            "images_per_s_command": whole["ours"],
+            "images_per_s_command_plain": whole["plain"],
             "urls": urls,
             "images_per_s": best["ours"],
             "images_per_s_plain": best["plain"],

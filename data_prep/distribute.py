@@ -8,7 +8,7 @@ their place; a shard that is not made is known by its missing counts.
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -97,7 +97,7 @@ def distribute(
     finished: Callable[[], Iterable[int]],
     value_of: Callable[[int], Any],
     scratch: str,
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """Make ``shards``; yields the outcome of each as it becomes known.
 
     Args:

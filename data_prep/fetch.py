@@ -7,7 +7,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_network
 from pathlib import Path
@@ -135,11 +135,11 @@ def fetch(
     faults: dict[int, str] = {}
     require(config.distributor)
     skipped = {shard: ids for shard, ids in shards.items() if ids}
-    with _scratch_folder(config.scratch) as scratch:
-        work = functools.partial(download_shard, root_url, scratch, samples_per_shard, config, backoff_s, skipped)
-        outcomes = distribute(
+    with ExitStack() as stack:
+        scratch = stack.enter_context(_scratch_folder(config.scratch))
+        made = distribute(
             config.distributor,
-            work,
+            functools.partial(download_shard, root_url, scratch, samples_per_shard, config, backoff_s, skipped),
             list(shards),
             config.processes,
             config.shard_seconds,
@@ -147,8 +147,11 @@ def fetch(
             functools.partial(_counts_of, root_url),
             scratch,
         )
-        seeing = outcomes if is_retry else _while_seeing(root_url, outcomes, len(shards))
-        for outcome in shown(reported(seeing, root_url, config), len(shards)):
+        # Whatever ends the loop ends the workers, before their folder goes.
+        outcomes: Iterable[Outcome] = stack.enter_context(closing(made))
+        if not is_retry:
+            outcomes = _while_seeing(root_url, outcomes, len(shards))
+        for outcome in shown(reported(outcomes, root_url, config), len(shards)):
             if outcome.fault is not None:
                 faults[outcome.task] = outcome.fault
                 log.warning("shard failed", shard=layout.shard_name(outcome.task), reason=outcome.fault)

@@ -63,6 +63,10 @@ def test_the_command_lists_a_folder(tmp_path: Path, capsys: pytest.CaptureFixtur
         f"md5:{hashlib.md5(content).hexdigest()}\tdeeper/1.JPG",
         f"phash:{perceptual_hash(content):016x}\tdeeper/1.JPG",
     ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        assert decontaminate.main([f"images={images}", f"output={tmp_path / 'other.txt'}"]) == 2
+    assert "cannot be read (Input/output error)" in capsys.readouterr().err
     (images / "deeper" / "1.JPG").unlink()
     for words, reason in (
         ([f"images={images}"], "holds no picture"),

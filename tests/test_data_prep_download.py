@@ -434,6 +434,10 @@ def test_counts_that_contradict(shard: tuple[bytes, bytes, dict]) -> None:
             check_shard(io.BytesIO(tar), io.BytesIO(parquet), {**stats, key: value}, "x.tar")
     with pytest.raises(BadShard, match="parquet file cannot be read"):
         check_shard(io.BytesIO(tar), io.BytesIO(parquet[:100]), stats, "x.tar")
+    other = io.BytesIO()
+    pq.write_table(pa.table({"url": ["http://h/1"]}), other)
+    with pytest.raises(BadShard, match="parquet file cannot be read"):
+        check_shard(io.BytesIO(tar), other, stats, "x.tar")
     with pytest.raises(BadShard, match="damaged"):
         check_tar(io.BytesIO(tar.rstrip(b"\0")), "x.tar")
 

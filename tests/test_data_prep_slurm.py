@@ -73,7 +73,8 @@ def test_a_list_is_downloaded_by_jobs_on_two_nodes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = words_for(farm, tmp_path, s3_url, ["ok"] * 20 + ["heals"] * 3 + ["missing"])
-    more = ["slurm.parts=2", f"slurm.folder={tmp_path / 'slurm'}"]
+    # All the cores of a node, so that two jobs need two nodes.
+    more = ["slurm.parts=2", "slurm.cpus_per_task=8", f"slurm.folder={tmp_path / 'slurm'}"]
 
     assert main([*words, *more, "slurm.dry_run=true", "--slurm"]) == 0
     assert "#SBATCH --requeue" in capsys.readouterr().out and not cluster.run("squeue", "-h")
