@@ -61,7 +61,7 @@ def _refuse_what_is_ignored(verb: str, config: DownloadConfig) -> None:
     """Raise UserError for a setting that a verb would not look at."""
     if config.again and verb in ("verify", "index", "report"):
         raise UserError(f"again: {verb} asks for nothing")
-    if config.verify == "all" and verb in ("prepare", "index", "report"):
+    if config.verify == "all" and verb in ("index", "report"):
         raise UserError(f"verify=all: {verb} reads no shards back; download, retry and the verb verify do")
 
 

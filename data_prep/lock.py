@@ -65,8 +65,8 @@ class Claim:
 def only_run(root_url: str, part: Part = WHOLE) -> Iterator[None]:
     """Refuse to go on where another run works on the same shards of ``root_url``; keep others out until the end.
 
-    Also the proof that the place can be written to, before any work is done. A block in the main thread is left as if
-    by Ctrl-C when its claim was taken.
+    Also the proof that the place can be written to, before any work is done. A block in the main thread is interrupted
+    when its claim was taken.
 
     Raises:
         Busy: another run is at work.
@@ -79,21 +79,28 @@ def only_run(root_url: str, part: Part = WHOLE) -> Iterator[None]:
     content = json.dumps(asdict(claim)).encode()
     with _explained_as(root_url, ours):
         storage.write_bytes(ours, content)
-    over, lost = threading.Event(), threading.Event()
+    over = threading.Event()
     main = threading.main_thread() if threading.current_thread() is threading.main_thread() else None
-    renewal = threading.Thread(target=_renew, args=(ours, content, over, lost, main), name="claim", daemon=True)
+
+    def stop(number: int, frame: object) -> None:
+        if not over.is_set():
+            raise _Taken
+
+    # Not SIGINT, which a job in the background of a script is born to ignore.
+    before = signal.signal(signal.SIGUSR1, stop) if main else None
+    renewal = threading.Thread(target=_renew, args=(ours, content, over, main), name="claim", daemon=True)
     try:
         _refuse_if_taken(root_url, folder, ours, claim)
         renewal.start()
         yield
-    except KeyboardInterrupt as error:
-        if not lost.is_set():
-            raise
+    except _Taken as error:
         raise RunFailed(f"{root_url}: another run took this one for dead and has taken over") from error
     finally:
         over.set()
         if renewal.is_alive():
             renewal.join()
+        if main:
+            signal.signal(signal.SIGUSR1, before or signal.SIG_DFL)
         storage.remove(ours)
         if storage.is_local(folder):
             # Another run may have claimed meanwhile; then the folder is not empty and stays.
@@ -168,17 +175,19 @@ def _machine() -> str:
         return socket.gethostname()
 
 
-def _renew(
-    url: str, content: bytes, over: threading.Event, lost: threading.Event, main: threading.Thread | None
-) -> None:
-    """Renew a claim until it is ``over``, or ``lost`` to another run; the latter interrupts the ``main`` thread."""
+class _Taken(BaseException):
+    """Like KeyboardInterrupt: nothing on the way out may take it for a fault of its own."""
+
+
+def _renew(url: str, content: bytes, over: threading.Event, main: threading.Thread | None) -> None:
+    """Renew a claim until it is ``over``, or was taken by another run; the latter interrupts the ``main`` thread."""
     folder, _, name = url.rpartition("/")
     while not over.wait(RENEW_SECONDS):
         try:
             if name not in layout.file_sizes(folder):
-                lost.set()
-                if main is not None and not over.is_set():
-                    signal.pthread_kill(main.ident or 0, signal.SIGINT)
+                log.warning("the claim of this run was taken", claim=url)
+                if main is not None:
+                    signal.pthread_kill(main.ident or 0, signal.SIGUSR1)
                 return
             storage.write_bytes(url, content)
         except Exception as error:
