@@ -179,7 +179,7 @@ def joined(config: DistributedConfig) -> Iterator[World]:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = _device(config, local_rank)
     torch.set_num_threads(_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))))
-    if size == 1 and "MASTER_ADDR" not in os.environ:
+    if size == 1 and "MASTER_PORT" not in os.environ:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     backend = "nccl" if device.type == "cuda" else "gloo"
