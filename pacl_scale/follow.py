@@ -6,11 +6,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from pacl_scale import job
+from pacl_scale.controller import ask_slurm
 from pacl_scale.errors import EXIT_FAILED, UserError
 
 READ_SECONDS = 0.5
 ASK_SECONDS = 15.0
+OVER = (
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "GONE",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "REVOKED",
+    "TIMEOUT",
+)
+"""States of jobs that are over; in any other one, SIGNALING and STAGE_OUT among them, a job has something to do."""
 
 
 def follow(number: str, logs: Sequence[Path], output: TextIO | None = None, ask_seconds: float = ASK_SECONDS) -> int:
@@ -32,7 +46,7 @@ def follow(number: str, logs: Sequence[Path], output: TextIO | None = None, ask_
                     # A controller that restarts answers again soon.
                     now = state
                     print(f"-- {error}", file=output)
-                over = now not in job.ALIVE and now != ""
+                over = now in OVER
                 if now != state:
                     state = now
                     print(f"-- job {number} is {state}", file=output)
@@ -50,7 +64,7 @@ def follow(number: str, logs: Sequence[Path], output: TextIO | None = None, ask_
 def final_or_current(number: str) -> str:
     """State of a job, also some minutes after its end; GONE when Slurm has forgotten it."""
     try:
-        words = job.ask_slurm("squeue", "--noheader", "--states=all", "--jobs", number, "--format", "%T").split()
+        words = ask_slurm("squeue", "--noheader", "--states=all", "--jobs", number, "--format", "%T").split()
     except UserError as error:
         if "Invalid job id" not in str(error):
             raise

@@ -3,39 +3,26 @@
 ``claim`` comes before training: only one living job may train in a run directory, and one that was started again and
 again, by whomever, without a newer checkpoint is given up. ``requeue`` comes after a training that ended before its
 end and not by a user's mistake: it says whether the job should be queued again, and does so, without the nodes that
-the training found unfit. ``<run>/job.json`` holds what is known of the run's job. Light to import: a batch script
-waits for it.
+the training found unfit. What is known of the run's jobs is noted in ``<run>/jobs/`` (:mod:`pacl_scale.claims`). Light
+to import: a batch script waits for it.
 """
 
-import json
 import os
+import re
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from pacl_scale import config
+from pacl_scale import claims, config
+from pacl_scale.claims import Note
+from pacl_scale.controller import ask_slurm, patiently, state_of
 from pacl_scale.errors import RunFailed, UserError, run_command
 
 PROG = "python -m pacl_scale.job"
-ALIVE = (
-    "PENDING",
-    "RUNNING",
-    "CONFIGURING",
-    "COMPLETING",
-    "SUSPENDED",
-    "STOPPED",
-    "REQUEUED",
-    "REQUEUE_HOLD",
-    "RESIZING",
-)
-"""States of jobs that are not over."""
 
 
 @dataclass
@@ -51,25 +38,15 @@ class JobConfig:
     global_batch_size: int | None = None
     """For a job of a range of nodes: what its ranks have to share evenly."""
 
+    min_nodes: int | None = None
+    """Fewest nodes that the job starts with; null is as many as it has now. `requeue` keeps it off no more nodes than
+    leave that many."""
+
     def __post_init__(self) -> None:
         if self.attempts < 1:
             raise ValueError("attempts must be at least 1")
         if (self.tasks_per_node is None) != (self.global_batch_size is None):
             raise ValueError("tasks_per_node and global_batch_size belong together")
-
-
-@dataclass
-class Note:
-    """``<run>/job.json``: the newest job of a run, and how it fares."""
-
-    job: str
-    """Slurm's number of the job."""
-    step: int = 0
-    """Newest checkpoint when this attempt started."""
-    fruitless: int = 0
-    """Attempts in a row before this one that left no newer one."""
-    attempt: int = 0
-    """Times that Slurm had started the job before."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("there is no SLURM_JOB_ID: this command is for batch scripts of Slurm jobs")
     run = Path(given["run"])
     if given["verb"] == "claim":
-        claim(run, job, settings.attempts)
+        patiently(lambda: claim(run, job, settings.attempts))
         if settings.tasks_per_node and settings.global_batch_size:
             allocated = int(os.environ["SLURM_JOB_NUM_NODES"])
             nodes = usable_nodes(allocated, settings.tasks_per_node, settings.global_batch_size)
@@ -92,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"export SLURM_NNODES={nodes} SLURM_JOB_NUM_NODES={nodes} SLURM_NTASKS={ranks} SLURM_NPROCS={ranks}")
             print(f"export SLURM_NTASKS_PER_NODE={settings.tasks_per_node}; unset SLURM_TASKS_PER_NODE")
     else:
-        requeue(run, job, settings.attempts)
+        requeue(run, job, settings.attempts, settings.min_nodes)
     return 0
 
 
@@ -100,19 +77,18 @@ def claim(run: Path, job: str, attempts: int) -> None:
     """Note that ``job`` trains in ``run``, and from where.
 
     Raises:
-        UserError: another job that trains there is queued or running.
+        UserError: another job that trains there is queued or running, or there is no room for the note.
         RunFailed: the job was started again ``attempts`` times in a row and no checkpoint is newer than before.
     """
-    note = read(run)
-    if note and note.job != job:
-        refuse_if_alive(run, note)
-    newest, attempt = _newest(run), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    if note is None or note.job != job or attempt == 0:
-        write(run, Note(job, newest))
+    before = claims.read(run)
+    note = claims.enter(run, job)
+    newest, attempt = claims.newest_step(run), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    if before is None or before.job != job or attempt == 0:
+        claims.update(run, Note(job, newest, attempt=attempt))
     elif note.attempt != attempt:
         fruitless = fruitless_of(note, newest)
         refuse_circles(run, newest, fruitless, attempts)
-        write(run, Note(job, newest, fruitless, attempt))
+        claims.update(run, Note(job, newest, fruitless, attempt))
 
 
 def usable_nodes(allocated: int, tasks_per_node: int, global_batch_size: int) -> int:
@@ -127,37 +103,33 @@ def usable_nodes(allocated: int, tasks_per_node: int, global_batch_size: int) ->
     raise UserError(f"global_batch_size {global_batch_size} is not a multiple of {tasks_per_node} ranks")
 
 
-def refuse_if_alive(run: Path, note: Note) -> None:
-    """Raise :class:`UserError` if the noted job is still queued or running."""
-    state = state_of(note.job)
-    if state:
-        raise UserError(f"job {note.job} of run {run} is {state}; wait for it, or end it with: scancel {note.job}")
-
-
-def requeue(run: Path, job: str, attempts: int) -> None:
-    """Queue ``job`` again, unless it is being ended by somebody or goes in circles.
+def requeue(run: Path, job: str, attempts: int, min_nodes: int | None = None) -> None:
+    """Queue ``job`` again, unless it is being ended by somebody or goes in circles; waits for a silent controller.
 
     Raises:
-        RunFailed: this attempt and ``attempts`` before it left no newer checkpoint.
+        RunFailed: this attempt and ``attempts`` before it left no newer checkpoint, or without the nodes that do not
+            fit there are too few.
     """
     from pacl_scale import nodes
 
-    note = read(run)
-    newest = _newest(run)
+    note = claims.read(run)
+    newest = claims.newest_step(run)
     unfit = nodes.unfit_nodes(run, job)
     if note and note.job == job:
         refuse_circles(run, newest, fruitless_of(note, newest), attempts)
-    state = state_of(job)
+    state = patiently(lambda: state_of(job))
     if state != "RUNNING":
         # Cancelled, or queued again by somebody else: not ours to decide.
         print(f"job {job} is {state or 'gone'} and is not queued again from here", flush=True)
         return
+    if unfit:
+        patiently(lambda: refuse_too_few(job, unfit, min_nodes or int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))))
     without = f", without {', '.join(unfit)}" if unfit else ""
     print(f"job {job} is queued again{without}; its newest checkpoint is that of step {newest}", flush=True)
     if unfit:
         # Slurm ends this process with its job, but only a queued job's nodes can be chosen anew.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    ask_slurm("scontrol", "requeue", job)
+    patiently(lambda: ask_slurm("scontrol", "requeue", job))
     if unfit:
         exclude(job, list(unfit))
 
@@ -176,6 +148,28 @@ def refuse_circles(run: Path, newest: int, fruitless: int, attempts: int) -> Non
         )
 
 
+def refuse_too_few(job: str, unfit: Collection[str], wanted: int) -> None:
+    """Raise :class:`RunFailed` if a job would wait for ever without its unfit nodes."""
+    from pacl_scale import partition
+    from pacl_scale.controller import hostnames
+
+    shown = fields_of(job)
+    before = hostnames(shown["ExcNodeList"]) if shown.get("ExcNodeList", "(null)") != "(null)" else []
+    gres = re.sub(r"gres[:/]", "", shown.get("TresPerNode", ""))
+    left = partition.left(shown["Partition"], {*before, *unfit}, partition.gpus_in(gres))
+    if len(left) < wanted:
+        raise RunFailed(
+            f"job {job} is not queued again: without {', '.join([*before, *unfit])} partition {shown['Partition']} has "
+            f"{len(left)} nodes that take jobs, and it needs {wanted}; mend them and submit again"
+        )
+
+
+def fields_of(job: str) -> dict[str, str]:
+    """What ``scontrol`` says of a job, by name."""
+    words = ask_slurm("scontrol", "--oneliner", "show", "job", job).split()
+    return {name: value for name, equals, value in (word.partition("=") for word in words) if equals}
+
+
 def exclude(job: str, unfit: list[str]) -> None:
     """Keep a queued job off some nodes, besides those that it is kept off already.
 
@@ -185,8 +179,7 @@ def exclude(job: str, unfit: list[str]) -> None:
     refused: UserError | None = None
     for _ in range(20):
         try:
-            shown = ask_slurm("scontrol", "--oneliner", "show", "job", job).split()
-            before = next((word.partition("=")[2] for word in shown if word.startswith("ExcNodeList=")), "(null)")
+            before = fields_of(job).get("ExcNodeList", "(null)")
             nodes = [*([before] if before != "(null)" else []), *unfit]
             ask_slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}")
             return
@@ -195,64 +188,6 @@ def exclude(job: str, unfit: list[str]) -> None:
             refused = error
             time.sleep(0.2)
     raise UserError(f"job {job} could not be kept off {', '.join(unfit)} ({refused})")
-
-
-def state_of(job: str) -> str | None:
-    """State of a job that is queued, running or ending, as in ``RUNNING``; ``None`` if it is over or unknown.
-
-    Raises:
-        UserError: Slurm does not answer.
-    """
-    try:
-        return ask_slurm("squeue", "--noheader", "--jobs", job, "--format", "%T").strip() or None
-    except UserError as error:
-        # Slurm forgets a job some minutes after its end.
-        if "Invalid job id" in str(error):
-            return None
-        raise
-
-
-def read(run: Path) -> Note | None:
-    """The note of a run, if there is one."""
-    try:
-        return Note(**json.loads((run / "job.json").read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{run / 'job.json'} cannot be read; look whether a job of it runs, then delete it") from error
-
-
-def write(run: Path, note: Note) -> None:
-    """Replace the note of a run."""
-    run.mkdir(parents=True, exist_ok=True)
-    partial = run / "job.json.part"
-    partial.write_text(json.dumps(asdict(note)), encoding="utf-8")
-    partial.replace(run / "job.json")
-
-
-def _newest(run: Path) -> int:
-    """Step of the newest checkpoint of a run; 0 without one."""
-    saved = run / "config.yaml"
-    settings = yaml.safe_load(saved.read_text(encoding="utf-8")) if saved.exists() else {}
-    folder = settings.get("checkpoint", {}).get("folder") or str(run / "checkpoints")
-    if not settings and not os.path.isdir(folder):
-        return 0
-    from pacl_scale import checkpoint
-
-    return max(checkpoint.steps_in(folder), default=0)
-
-
-def ask_slurm(*words: str) -> str:
-    """What a command of Slurm prints; :class:`UserError` where it is absent or fails."""
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=120)
-    except FileNotFoundError as error:
-        raise UserError(f"there is no Slurm here ({words[0]} is not found); go to a login node") from error
-    except subprocess.TimeoutExpired as error:
-        raise UserError(f"{' '.join(words)}: Slurm did not answer within two minutes") from error
-    if done.returncode:
-        raise UserError(f"{' '.join(words)}: {' '.join((done.stderr or done.stdout).split())}")
-    return done.stdout
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pacl_scale import config
+from pacl_scale import config, controller
 from pacl_scale.errors import RunFailed, UserError, run_command
 
 if TYPE_CHECKING:
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 MODULE = "pacl_scale.nodes"
 PAYLOAD_MB = {"cpu": 4, "cuda": 256}
 """What is summed over all ranks to measure the network."""
+
+
+PROBE_BYTES = 1 << 16
+"""What each rank writes to the run directory to see that it can."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +81,29 @@ class Facts:
 def main(argv: Sequence[str] | None = None) -> int:
     """Check, then train; returns the training's exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    own = [word for word in words if word.lstrip("-").startswith("check.")]
-    rest = [word for word in words if word not in own]
+    own, rest = split_words(words)
     settings = config.parse(_Words, own, f"python -m {MODULE}").check if own else CheckConfig()
     return start(settings, rest)
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of the check, each as ``--check.key=value``, and those of the training.
+
+    Raises:
+        UserError: a key of the check without a value.
+    """
+    own, rest = [], []
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        key, equals, value = word.partition("=")
+        if not key.removeprefix("--").startswith("check.") or not (equals or word.startswith("--")):
+            rest.append(word)
+        elif equals or left:
+            own.append(f"--{key.removeprefix('--').replace('-', '_')}={value if equals else left.pop(0)}")
+        else:
+            raise UserError(f"{word} needs a value")
+    return own, rest
 
 
 def start(check: CheckConfig, words: Sequence[str]) -> int:
@@ -92,20 +115,54 @@ def start(check: CheckConfig, words: Sequence[str]) -> int:
     """
     from pacl_scale import distributed, train
 
+    print(place_of(os.environ), flush=True)
     settings: train.TrainConfig = config.parse(train.TrainConfig, words, "python -m pacl_scale.train")
     run = Path(settings.run)
     job = os.environ.get("SLURM_JOB_ID")
     if check.enabled and job:
         refuse_full(run, check)
+        if settings.distributed.device != "cpu":
+            refuse_lost_gpus(run, job)
         if ranks := distributed.slurm_ranks(os.environ):
             look(check, run, job, ranks, settings.distributed)
     return train.main(list(words))
 
 
+def place_of(variables: Mapping[str, str]) -> str:
+    """Where a task is, in one line: it opens the GPU of its local rank among those that it sees."""
+    names = {"rank": "SLURM_PROCID", "node": "SLURMD_NODENAME", "local_rank": "SLURM_LOCALID"}
+    names["CUDA_VISIBLE_DEVICES"] = "CUDA_VISIBLE_DEVICES"
+    return "task " + " ".join(f"{name}={variables.get(variable, '')}" for name, variable in names.items())
+
+
+def refuse_lost_gpus(run: Path, job: str) -> None:
+    """Raise :class:`RunFailed` if torch finds fewer GPUs here than Slurm gave; the node is noted for the batch script.
+
+    Without this the ranks of such a node would take the CPU and wait for the others, who wait for them on their GPUs.
+    """
+    import torch
+
+    given, found = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0), torch.cuda.device_count()
+    if found < given:
+        node = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+        note_unfit(run, job, {node: f"torch finds {found} of the {given} GPUs that Slurm gave"})
+        raise RunFailed(f"node {node} does not fit: torch finds {found} of the {given} GPUs that Slurm gave")
+
+
 def refuse_full(run: Path, check: CheckConfig) -> None:
     """Raise :class:`UserError` if there is no room for checkpoints in the run directory."""
-    run.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(run).free / 1e9
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(run).free / 1e9
+        # A quota that is used up shows when something is written.
+        with tempfile.TemporaryFile(dir=run) as probe:
+            probe.write(bytes(PROBE_BYTES))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise UserError(
+            f"the run directory {run} cannot be written ({error.strerror}); make room and submit again"
+        ) from error
     if free < check.min_disk_gb:
         raise UserError(
             f"the run directory {run} has {free:.2f} GB left, less than check.min_disk_gb={check.min_disk_gb:g}; "
@@ -121,12 +178,17 @@ def look(check: CheckConfig, run: Path, job: str, ranks: Mapping[str, str], grou
     port = str(20000 + (int(ranks.get("MASTER_PORT", "20000")) - 20000 + 5000) % 10000)
     before = {name: os.environ.get(name) for name in (*ranks, "MASTER_ADDR", "MASTER_PORT")}
     os.environ |= {**ranks, "MASTER_PORT": port}
-    seen = _arrivals(run, job)
+    seen, started = _arrivals(run, job), time.monotonic()
     try:
         with distributed.joined(replace(group, timeout_minutes=check.timeout_s / 60)) as world:
             facts = gather(world, check)
     except RuntimeError as error:
         late = sorted(set(_nodes_of_step()) - set(seen()))
+        if time.monotonic() - started < 0.9 * check.timeout_s:
+            # Nobody was waited for: a GPU, a driver or the network said no.
+            said = str(error).strip().splitlines() or [type(error).__name__]
+            here = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+            raise RunFailed(f"the check of the nodes failed on {here}: {said[0]}") from error
         note_unfit(run, job, dict.fromkeys(late, "no task of it came within the time"))
         who = f"{', '.join(late)} did not come" if late else "every node started, but they cannot reach each other"
         raise RunFailed(f"the ranks did not find each other within {check.timeout_s:g} s: {who}") from error
@@ -251,10 +313,7 @@ def _arrivals(run: Path, job: str) -> Any:
 
 
 def _nodes_of_step() -> list[str]:
-    from pacl_scale import job
-
-    hosts = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
-    return job.ask_slurm("scontrol", "show", "hostnames", hosts).split()
+    return controller.hostnames(os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"])
 
 
 @dataclass
@@ -267,10 +326,13 @@ class Unfit:
 
 
 def note_unfit(run: Path, job: str, nodes: dict[str, str]) -> None:
-    """Leave word for the batch script."""
+    """Leave word for the batch script, besides what other ranks left."""
     file = run / "slurm" / "unfit.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}.part")
-    partial.write_text(json.dumps(asdict(Unfit(job, os.environ.get("SLURM_RESTART_COUNT", "0"), nodes))))
+    partial.write_text(
+        json.dumps(asdict(Unfit(job, os.environ.get("SLURM_RESTART_COUNT", "0"), unfit_nodes(run, job) | nodes)))
+    )
     partial.replace(file)
 
 

@@ -10,7 +10,7 @@ import yaml
 from slurm_cluster import Cluster, until
 from training import curve, settings_for
 
-from pacl_scale import config, job, metrics, submit
+from pacl_scale import claims, config, metrics, submit
 from pacl_scale.checkpoint import CheckpointConfig
 from pacl_scale.train import TrainConfig
 
@@ -44,7 +44,7 @@ def submitted(words: list[str], nodes: int = 2, *more: str) -> str:
     """Number of the job that the command queues."""
     assert submit.main(["--nodes", str(nodes), "--gpus-per-node", "0", *more, *words]) == 0
     settings = config.parse(TrainConfig, words, "test")
-    note = job.read(Path(settings.run))
+    note = claims.read(Path(settings.run))
     assert note is not None
     return note.job
 

@@ -23,7 +23,7 @@ from slurm_runs import (
 )
 from training import curve
 
-from pacl_scale import checkpoint, config, job, submit
+from pacl_scale import checkpoint, claims, config, controller, submit
 from pacl_scale.checkpoint import CheckpointConfig
 from pacl_scale.errors import UserError
 
@@ -90,7 +90,7 @@ def test_submit_survives_a_signal_and_an_administrator(
     cluster.run("scontrol", "requeue", number)
     finished(cluster, number, run)
     assert cluster.field(number, "Restarts") == "2"
-    note = job.read(run)
+    note = claims.read(run)
     assert note is not None and (note.job, note.attempt) == (number, 2) and note.step >= stopped
     assert curve(run) == expected
     assert f"step={note.step}" in (run / "train.2.log").read_text(), "it says what it resumed"
@@ -227,12 +227,12 @@ def test_a_full_disk_is_one_sentence(cluster: Cluster, features: str, expected: 
     assert cluster.wait(number) == "FAILED", "no waiting makes room"
     assert cluster.field(number, "Restarts") == "0"
     assert "No space left on device" in said(run) and "Traceback" not in said(run)
-    until(lambda: job.state_of(number) is None, 30)
+    until(lambda: controller.state_of(number) is None, 30)
     number = submitted(words, 2, "--check.min-disk-gb=0.001")
     assert cluster.wait(number) == "FAILED", "and an attempt without room does not begin"
     assert "GB left, less than check.min_disk_gb=0.001; make room and submit again" in said(run)
     ballast.unlink()
-    until(lambda: job.state_of(number) is None, 30)
+    until(lambda: controller.state_of(number) is None, 30)
     number = submitted(words, 2, "--check.min-disk-gb=0.001")
     finished(cluster, number, run)
     assert curve(run) == expected
@@ -260,9 +260,9 @@ def test_a_cancelled_job_is_not_queued_again(cluster: Cluster, features: str, tm
     wait_for_step(run, 1)
     cluster.run("scancel", number)
     assert cluster.wait(number) == "CANCELLED"
-    until(lambda: job.state_of(number) is None, 30)
+    until(lambda: controller.state_of(number) is None, 30)
     time.sleep(1)
-    assert job.state_of(number) is None
+    assert controller.state_of(number) is None
     assert cluster.field(number, "Restarts") == "0"
 
 
@@ -287,12 +287,12 @@ print(*(found[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORL
 def test_gpus_reach_slurm_as_they_are_asked_for(cluster: Cluster, features: str, tmp_path: Path) -> None:
     words = [*words_for(features, tmp_path / "run"), "distributed.device=auto"]
     assert submit.main(["--nodes=2", "--gpus-per-node=2", "--cpus-per-task=2", *words]) == 0
-    note = job.read(tmp_path / "run")
+    note = claims.read(tmp_path / "run")
     assert note is not None
     asked = {name: cluster.field(note.job, name) for name in ("NumTasks", "CPUs/Task", "TresPerNode")}
     cluster.run("scancel", note.job)
     assert asked == {"NumTasks": "4", "CPUs/Task": "2", "TresPerNode": "gres:gpu:2"}
-    until(lambda: job.state_of(note.job) is None, 60)
+    until(lambda: controller.state_of(note.job) is None, 60)
 
 
 @pytest.mark.parametrize(
