@@ -11,6 +11,8 @@ from colours import write_pictures
 from pacl_scale import checkpoint, config
 from pacl_scale.encoders import TextEncoderConfig, VisionConfig, build_text, build_vision
 from pacl_scale.model import build_embedder
+from pacl_scale.sweep import cells
+from pacl_scale.sweep.command import SweepConfig, grid_of
 from pacl_scale.train import TrainConfig
 
 MODEL = {
@@ -67,3 +69,9 @@ def words_for(folder: Path, runs: dict[str, str], evaluation: str, *more: str) -
     file = folder / "sweep.yaml"
     file.write_text(yaml.safe_dump(settings))
     return ["--config", str(file), *more]
+
+
+def grid(folder: Path, evaluation: str, runs: dict[str, str], **changes: Any) -> list[cells.Cell]:
+    """The cells of a sweep over all of these."""
+    settings = SweepConfig(output=str(folder / "sweep"), checkpoints=runs, evaluation=[evaluation], **changes)
+    return grid_of(settings, folder / "sweep")[1]

@@ -1,9 +1,11 @@
 """Cells, packs, results and the runner, on this machine; `test_slurm_sweep.py` has the arrays."""
 
 import csv
+import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,21 +17,17 @@ import pytest
 import yaml
 from rich.console import Console
 from slurm_cluster import until
-from sweeps import words_for, write_checkpoint, write_data, write_runs
+from sweeps import grid, words_for, write_checkpoint, write_data, write_runs
 from training import settings_for
 
-from pacl_scale import config
+from pacl_scale import claims, config, log, storage
 from pacl_scale.errors import RunFailed, UserError
-from pacl_scale.sweep import cells, ledger, main, results
+from pacl_scale.sweep import ledger, main, results
 from pacl_scale.sweep.command import SweepConfig, alone, grid_of
 from pacl_scale.sweep.runner import Limits, Runner, packed
 from pacl_scale.sweep.table import Display
+from pacl_scale.sweep.watch import Watch
 from pacl_scale.sweep.worker import INTERRUPTIONS, may_try
-
-
-def grid(tmp_path: Path, evaluation: str, runs: dict[str, str], **changes: Any) -> list[cells.Cell]:
-    settings = SweepConfig(output=str(tmp_path / "sweep"), checkpoints=runs, evaluation=[evaluation], **changes)
-    return grid_of(settings, tmp_path / "sweep")[1]
 
 
 def test_a_cells_name_holds_all_that_decides_its_figures(tmp_path: Path) -> None:
@@ -43,6 +41,13 @@ def test_a_cells_name_holds_all_that_decides_its_figures(tmp_path: Path) -> None
         assert changed[0] not in names, changes
     quicker = [cell.name for cell in grid(tmp_path, evaluation, runs, settings={"batch_size": [3]})]
     assert quicker == names, "how many pictures pass together changes nothing"
+    # A method that is measured beside: its weights count, not its path.
+    other = {"methods.other": [runs["b"]]}
+    beside = [cell.name for cell in grid(tmp_path, evaluation, {"a": runs["a"]}, settings=other)]
+    shutil.copytree(tmp_path / "b", tmp_path / "copy")
+    moved = {"methods.other": [str(tmp_path / "copy")]}
+    assert beside[0] not in names
+    assert beside == [cell.name for cell in grid(tmp_path, evaluation, {"a": runs["a"]}, settings=moved)]
     # Other weights under the same step.
     settings = config.parse(type(settings_for("x", "y")), ["--config", str(tmp_path / "a" / "config.yaml")], "test")
     write_checkpoint(tmp_path / "a", 7, settings, {"vision": {}, "text": {}})
@@ -195,14 +200,58 @@ def test_a_run_is_watched_to_its_end(tmp_path: Path) -> None:
     (run / "config.yaml").write_text(config.to_yaml(settings))
     words = [f"--output={tmp_path}/sweep", f"--watch={run}", f'--evaluation=["{evaluation}"]', "--cluster=local"]
     words += ["--poll-seconds=0.3", "--settings={}"]
-    process = subprocess.Popen([sys.executable, "-m", "pacl_scale.sweep", *words], stdout=-1, stderr=-1, text=True)
+    # The watch folds at most so often.
+    start = "import sys; from pacl_scale.sweep import runner, main; runner.FOLD_SECONDS = 0.0; sys.exit(main())"
+    process = subprocess.Popen([sys.executable, "-c", start, *words], stdout=-1, stderr=-1, text=True)
     until(lambda: len(list((tmp_path / "sweep").glob("cells/a-3-*/evals/*-pacl.json"))) == 1, 90)
-    assert process.poll() is None, "the run is not over"
+    until((tmp_path / "sweep" / "results.csv").exists, 60)
+    assert process.poll() is None, "the run is not over, and its results are there"
     towers = json.loads((run / "checkpoints" / "00000003" / "state.json").read_text())["towers"]
     write_checkpoint(run, 6, settings, towers)
     printed, said = process.communicate(timeout=90)
     assert process.returncode == 0, said
     assert "a, step 3" in printed and "a, step 6" in printed
+
+
+def watch_of(tmp_path: Path, run: Path) -> Watch:
+    settings = SweepConfig(output=str(tmp_path / "sweep"), watch=str(run), evaluation=[write_data(tmp_path, ["x"])])
+    settings.watch_minutes, settings.ask_seconds = 1e-9, 1e-9
+    watch = grid_of(settings, tmp_path / "sweep")[0]
+    assert watch is not None
+    return watch
+
+
+def test_a_watch_ends_with_the_job_of_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_runs(tmp_path, ["a"], steps=(3,))
+    run = tmp_path / "a"
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("steps: 3\n", "steps: 6\n", 1))
+    states = {"7": "RUNNING"}
+    monkeypatch.setattr(claims, "state_of", states.get)
+    claims.enter(run, "7")
+    watch = watch_of(tmp_path, run)
+    assert len(watch.new()) == 1
+    assert not watch.is_over(), "its job lives"
+    states.clear()
+    assert watch.is_over(), "and will save no more"
+    (run / "jobs" / "0001.json").unlink()
+    assert watch.is_over(), "nothing is known of a job, and nothing came for watch_minutes"
+    watch._idle_s = 60
+    assert not watch.is_over()
+
+
+def test_a_copy_that_failed_is_made_at_the_next_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_runs(tmp_path, ["a"], steps=(3,))
+    watch = watch_of(tmp_path, tmp_path / "a")
+    watch._idle_s = 60
+
+    def no_room(url: str, content: bytes) -> None:
+        raise UserError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_bytes", no_room)
+        assert watch.new() == [] and not watch.is_over()
+    assert [cell.labels["step"] for cell in watch.new()] == [3] and watch.is_over()
 
 
 @pytest.mark.slow
@@ -255,6 +304,18 @@ def test_two_calls_do_not_work_on_one_sweep(tmp_path: Path) -> None:
         pass
 
 
+def test_a_file_system_without_locks_is_no_other_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unknown(*of: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", unknown)
+    log.configure()
+    with alone(tmp_path):
+        assert "this file system has no locks" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -264,6 +325,7 @@ def test_two_calls_do_not_work_on_one_sweep(tmp_path: Path) -> None:
         ({"training": ["c"], "data_sets": ["x"]}, "takes no evaluation"),
         ({"training": ["c"], "throttle": 0}, "at least 1"),
         ({"watch": "r", "evaluation": ["e"], "detach": True}, "cannot detach"),
+        ({"watch": "r", "evaluation": ["e"], "cluster": "local", "qos": "high"}, "takes no qos"),
     ],
 )
 def test_mistakes_are_refused(changes: dict[str, Any], said: str) -> None:
@@ -275,6 +337,26 @@ def test_published_figures_stand_beside_official_data_sets() -> None:
     rows = results.published_rows({"my_voc": "voc_20", "mine": "folder"})
     assert rows[0] == ["PACL (published)", "72.3", "–"]
     assert ["TCL (published)", "77.5", "–"] in rows
+
+
+def test_a_written_table_has_published_rows_and_a_plot_all_points(tmp_path: Path) -> None:
+    same = {"checkpoint": "b16", "protocol": "paper", "settings": "", "method": "pacl"}
+    lines: list[dict[str, Any]] = [
+        same | {"step": step, "samples": 10 * step, "data_set": data, "layout": layout, "miou": step / 100}
+        for step in (3, 7)
+        for data, layout in (("voc", "voc_20"), ("mine", "folder"))
+    ]
+    ((title, head, rows),) = results.evaluation_tables(lines)
+    assert rows[:2] == [["b16, step 3", "3.0", "3.0"], ["b16, step 7", "7.0", "7.0"]]
+    assert ["PACL (published)", "72.3", "–"] in rows[2:]
+    latex = results.as_latex(title, head, rows).splitlines()
+    assert "PACL (published) & 72.3 & -- \\\\" in latex
+    assert all(line.count(" & ") == 2 for line in latex if line.endswith("\\\\"))
+    points = [(30, 3.0), (70, 7.000000000000001)]
+    assert results.miou_curves(lines) == {data: {"b16, paper": points} for data in ("voc", "mine")}
+    results.plot(tmp_path, "evaluate", lines, {})
+    drawn = (tmp_path / "results.svg").read_text()
+    assert all(f"<!-- {text} -->" in drawn for text in ("voc", "mine", "b16, paper", "pictures seen"))
 
 
 def test_tables_are_escaped() -> None:

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 NOT_IN_HASH = ("output", "batch_size", "threads", "device", "methods", "checkpoint", "check_data", "part", "parts")
 """Keys of an evaluation that do not change its figures, or that stand in the hash as what they mean."""
 
+TASKS = ("segmentation", "retrieval", "classification")
+NOT_YET = "-"
+"""Stands for the checkpoint until it is known."""
+
 TRAINING_NOT_IN_HASH = ("run", "distributed", "log_every", "max_bad_steps")
 
 
@@ -63,21 +67,29 @@ class Evaluations:
     """The parsed part of a grid of evaluations, from which the cells of any checkpoint are made."""
 
     sweep: Path
-    variants: list[tuple[dict[str, Any], "EvaluateConfig"]] = field(default_factory=list)
-    """Swept settings and the configuration of all data sets under them; one for each protocol and setting."""
+    variants: list[tuple[dict[str, Any], "EvaluateConfig", dict[str, str]]] = field(default_factory=list)
+    """Swept settings, the configuration of all data sets under them, and digests of the weights that are measured
+    beside; one for each protocol and setting."""
 
     def cells(self, weights: Weights) -> Iterator[Cell]:
         """All cells of one checkpoint."""
-        for swept, base in self.variants:
-            for task in ("segmentation", "retrieval"):
+        for swept, base, others in self.variants:
+            for task in TASKS:
                 for data_set, data in getattr(base, task).items():
-                    only: dict[str, Any] = {"segmentation": {}, "retrieval": {}} | {task: {data_set: data}}
-                    yield self._cell(weights, swept, data_set, replace(base, checkpoint=weights.path, **only))
+                    only: dict[str, Any] = dict.fromkeys(TASKS, {}) | {task: {data_set: data}}
+                    settings = replace(base, checkpoint=weights.path, **only)
+                    yield self._cell(weights, swept, data_set, settings, others)
 
-    def _cell(self, weights: Weights, swept: dict[str, Any], data_set: str, settings: "EvaluateConfig") -> Cell:
+    def _cell(
+        self,
+        weights: Weights,
+        swept: dict[str, Any],
+        data_set: str,
+        settings: "EvaluateConfig",
+        others: dict[str, str],
+    ) -> Cell:
         values = config.to_dict(settings)
         decides = {key: value for key, value in values.items() if key not in NOT_IN_HASH}
-        others = {name: path for name, path in settings.methods.items() if path != weights.path}
         digest = digest_of({"evaluate": decides, "weights": weights.digest, "others": others})
         protocol = settings.protocol.name
         labels = {"checkpoint": weights.name, "step": weights.step, "samples": weights.samples}
@@ -107,17 +119,19 @@ def evaluations(
     for protocol, swept in itertools.product([[one] for one in protocols] or [[]], combinations(grid)):
         words = [f"--config={file}" for file in [*files, *protocol]] + words_of(swept)
         # The checkpoint is filled in later; the command refuses to run without one.
-        parsed = config.parse(EvaluateConfig, [*words, "--checkpoint=-"], "python -m pacl_scale.evaluate")
-        known = [*parsed.segmentation, *parsed.retrieval]
+        parsed = config.parse(EvaluateConfig, [*words, f"--checkpoint={NOT_YET}"], "python -m pacl_scale.evaluate")
+        known = [name for task in TASKS for name in getattr(parsed, task)]
         if unknown := sorted(set(data_sets) - set(known)):
             raise UserError(f"data_sets: there is no {unknown[0]}; {', '.join(files)} has {', '.join(known) or 'none'}")
-        for task in ("segmentation", "retrieval"):
+        for task in TASKS:
             chosen = {k: v for k, v in getattr(parsed, task).items() if not data_sets or k in data_sets}
             setattr(parsed, task, chosen)
-        if not parsed.segmentation and not parsed.retrieval:
+        if not any(getattr(parsed, task) for task in TASKS):
             raise UserError("the sweep has no data set; name files that have some under `evaluation`, see configs/eval")
-        variants.append((varied(swept, grid), parsed))
-    names = [(variant.protocol.name, swept) for swept, variant in variants]
+        beside = {name: path for name, path in parsed.methods.items() if path != NOT_YET}
+        others = {name: _weights(name, checkpoint.resolve(path)).digest for name, path in beside.items()}
+        variants.append((varied(swept, grid), parsed, others))
+    names = [(variant.protocol.name, swept) for swept, variant, _ in variants]
     if twice := next((name for name, swept in names if names.count((name, swept)) > 1), None):
         raise UserError(f"two protocols are named {twice}; give each its own protocol.name")
     return Evaluations(sweep, variants)

@@ -13,13 +13,14 @@ from pacl_scale.errors import RunFailed, UserError
 from pacl_scale.submit import LOCAL, SubmitConfig
 from pacl_scale.sweep import cells, results
 from pacl_scale.sweep.cells import Cell, Weights
-from pacl_scale.sweep.queues import LocalQueue, SlurmQueue
+from pacl_scale.sweep.queues import LocalQueue, SlurmQueue, visible_gpus
 from pacl_scale.sweep.runner import Limits, Runner
 from pacl_scale.sweep.table import Display
 from pacl_scale.sweep.watch import Watch
-from pacl_scale.sweep.worker import Kind
+from pacl_scale.sweep.worker import Kind, save_seconds
 
 PROG = "python -m pacl_scale.sweep"
+QUEUE_KEYS = ("partition", "account", "qos")
 
 
 @dataclass
@@ -39,7 +40,11 @@ class SweepConfig:
     """Every checkpoint that a run kept, instead of its newest."""
 
     watch: str | None = None
-    """Run directory whose checkpoints are evaluated as they appear, until it has trained all its steps."""
+    """Run directory whose checkpoints are evaluated as they appear, until it has trained all its steps or its job is
+    over."""
+
+    watch_minutes: float = 720.0
+    """How long a watched run of which no job is known may write no checkpoint before the watch ends."""
 
     evaluation: list[str] = field(default_factory=list)
     """YAML files of `python -m pacl_scale.evaluate`: data sets, controls, precision."""
@@ -111,10 +116,13 @@ class SweepConfig:
         if min(self.throttle, self.attempts) < 1 or self.gpus < 0:
             raise ValueError("throttle and attempts must be at least 1, gpus at least 0")
         times = (self.job_minutes, self.cell_minutes, self.cell_limit_minutes, self.poll_seconds, self.ask_seconds)
+        times += (self.watch_minutes,)
         if min(times) <= 0:
             raise ValueError("minutes and seconds must be positive")
         if self.watch and self.detach:
             raise ValueError("watch stays; it cannot detach")
+        if self.cluster == LOCAL and (idle := [key for key in QUEUE_KEYS if getattr(self, key)]):
+            raise ValueError(f"cluster local takes no {idle[0]}: there is no queue")
 
 
 def run(argv: Sequence[str] | None) -> int:
@@ -129,7 +137,8 @@ def run(argv: Sequence[str] | None) -> int:
     log.configure()
     folder = Path(settings.output).resolve()
     watch, found = grid_of(settings, folder)
-    limits = Limits(settings.attempts, settings.job_minutes, settings.cell_minutes, settings.cell_limit_minutes)
+    minutes = (settings.job_minutes, settings.cell_minutes, settings.cell_limit_minutes)
+    limits = Limits(settings.attempts, *minutes)
     kind: Kind = "train" if settings.training else "evaluate"
     if settings.dry_run:
         runner = Runner(folder, kind, limits, None)
@@ -137,11 +146,17 @@ def run(argv: Sequence[str] | None) -> int:
         print(runner.plan())
         return 0
     with alone(folder), queue_of(settings, folder) as queue, Display(folder.name) as display:
+        if isinstance(queue, SlurmQueue):
+            limits = replace(limits, save_s=save_seconds(queue.cluster.signal_seconds))
         (folder / "sweep.yaml").write_text(config.to_yaml(settings), encoding="utf-8")
         runner = Runner(folder, kind, limits, queue)
         runner.add(found)
-        runner.run(display, settings.poll_seconds, watch=watch, detach=settings.detach)
-        print(results.fold(folder, kind, runner.cells))
+
+        def fold() -> str:
+            return results.fold(folder, kind, runner.cells)
+
+        runner.run(display, settings.poll_seconds, watch=watch, detach=settings.detach, fold=fold)
+        print(fold())
     if settings.detach and runner.unsettled:
         print(f"{len(runner.unsettled)} cells are queued or running; the same command shows how they fare")
         return 0
@@ -162,7 +177,9 @@ def grid_of(settings: SweepConfig, folder: Path) -> tuple[Watch | None, list[Cel
     weights: list[Weights] = []
     for name, path in settings.checkpoints.items():
         weights += cells.weights_of(name, path, settings.every_checkpoint)
-    watch = Watch(settings.watch, folder, grid) if settings.watch else None
+    watch = None
+    if settings.watch:
+        watch = Watch(settings.watch, folder, grid, settings.watch_minutes, settings.ask_seconds)
     return watch, [cell for one in weights for cell in grid.cells(one)]
 
 
@@ -171,12 +188,15 @@ def queue_of(settings: SweepConfig, folder: Path) -> Iterator[LocalQueue | Slurm
     """Where the sweep's jobs run, until the end of a ``with`` block."""
     queue: LocalQueue | SlurmQueue
     if settings.cluster == LOCAL:
-        queue = LocalQueue(settings.throttle)
+        queue = LocalQueue(settings.throttle, settings.gpus, visible_gpus() if settings.gpus else ())
     else:
         words = [f"--cluster={settings.cluster}"] if settings.cluster else []
         cluster: SubmitConfig = config.parse(SubmitConfig, words, PROG, file_option="--cluster")
-        own = {key: getattr(settings, key) for key in ("partition", "account", "qos") if getattr(settings, key)}
+        own = {key: getattr(settings, key) for key in QUEUE_KEYS if getattr(settings, key)}
         queue = SlurmQueue(folder, replace(cluster, **own), settings.gpus, settings.throttle, settings.ask_seconds)
+        if settings.job_minutes > queue.limit_minutes:
+            limit = f"the partition ends jobs after {queue.limit_minutes:g} minutes"
+            raise UserError(f"{limit}, and job_minutes is {settings.job_minutes:g}")
     try:
         yield queue
     finally:
@@ -194,8 +214,11 @@ def alone(folder: Path) -> Iterator[None]:
     with open(folder / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(f"another call is at work on the sweep {folder}; wait for it or end it") from error
+        except OSError as error:
+            # Lustre, for one, may be mounted without locks.
+            log.get_logger(PROG).warning("this file system has no locks: see that no other call works", why=str(error))
         yield
 
 

@@ -5,7 +5,7 @@ import math
 import statistics
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +17,16 @@ from pacl_scale.sweep import ledger
 from pacl_scale.sweep.cells import Cell
 from pacl_scale.sweep.queues import LocalQueue, SlurmQueue
 from pacl_scale.sweep.watch import Watch
-from pacl_scale.sweep.worker import Kind, Pack, may_try
+from pacl_scale.sweep.worker import HERE, SAVE_SECONDS, Kind, Pack, may_try
 
 if TYPE_CHECKING:
     from pacl_scale.sweep.table import Display
 
 IDLE_JOBS = 3
 """Jobs in a row that end before they began a cell, after which the sweep is given up."""
+
+FOLD_SECONDS = 30.0
+"""Results are folded at most so often while cells are worked on."""
 
 log = get_logger("pacl_scale.sweep")
 
@@ -36,6 +39,7 @@ class Limits:
     job_minutes: float
     cell_minutes: float
     cell_limit_minutes: float
+    save_s: float = SAVE_SECONDS
 
 
 @dataclass
@@ -106,20 +110,33 @@ class Runner:
             if name not in self.done
         }
 
-    def run(self, display: "Display", poll_seconds: float, watch: Watch | None, detach: bool) -> None:
-        """Until every cell is settled, or, detached, until all are queued.
+    def run(
+        self,
+        display: "Display",
+        poll_seconds: float,
+        watch: Watch | None,
+        detach: bool,
+        fold: Callable[[], object],
+    ) -> None:
+        """Until every cell is settled, or, detached, until all are queued; ``fold`` is called as results come.
 
         Raises:
             RunFailed: jobs end before they begin anything.
         """
+        folded, when = len(self.done), time.monotonic()
         while True:
             if watch:
                 self.add(watch.new())
             self.look()
             owned = self.owned()
             missing = [name for name in self.unsettled if name not in owned]
-            if missing:
+            assert self.queue is not None
+            # Jobs that could not start now would have a throttle of their own later.
+            if missing and (detach or self.queue.has_room(len(self.jobs))):
                 self.submit(missing)
+            if len(self.done) > folded and time.monotonic() - when >= FOLD_SECONDS:
+                fold()
+                folded, when = len(self.done), time.monotonic()
             display.show(self)
             if detach or (not self.unsettled and (watch is None or watch.is_over())):
                 return
@@ -140,11 +157,21 @@ class Runner:
                 self.done.add(name)
         if alive is None:
             return
+        self.adopt(alive)
         for job in list(self.jobs.values()):
             job.missed = 0 if job.name in alive else job.missed + 1
             # Files of a job that has just ended may be a moment late on a shared file system.
             if job.missed >= 2:
                 self.bury(job)
+
+    def adopt(self, alive: set[str]) -> None:
+        """Take up jobs that work on cells and that nobody noted: their call ended while it queued them."""
+        for name, entry in self.entries.items():
+            last = entry.last
+            if last and last.outcome == "running" and last.job in alive:
+                mine = self.jobs.setdefault(last.job, Job(last.job, [], last.call))
+                if name not in mine.cells:
+                    mine.cells.append(name)
 
     def bury(self, job: Job) -> None:
         """A job is over: what it left half done is lost, what it did not begin is queued again."""
@@ -155,7 +182,7 @@ class Runner:
             if entry is None or entry.last is None or entry.last.call != job.call:
                 continue
             began = True
-            if entry.last.outcome == "running":
+            if entry.last.outcome == "running" and entry.last.job in (job.name, HERE):
                 why = f"job {entry.last.job} ended while it ran on {entry.last.node}"
                 ledger.end(self.cells[name].folder(self.folder), entry, "lost", why)
         mine = job.call == self.call
@@ -171,11 +198,14 @@ class Runner:
         bins = packed({name: self.length_of(name, lengths) for name in names}, self.limits.job_minutes)
         packs = [self._pack(part) for part in bins]
         longest = max(sum(self.length_of(name, lengths) for name in part) for part in bins)
-        jobs = self.queue.submit(packs, minutes=math.ceil(1.5 * max(longest, self.limits.job_minutes)) + 5)
-        for name, part in zip(jobs, bins, strict=True):
-            self.jobs[name] = Job(name, part, self.call)
-        write_jobs(self.folder, self.jobs.values())
-        log.info("queued", cells=len(names), jobs=len(jobs), first=jobs[0])
+        minutes = math.ceil(1.5 * max(longest, self.limits.job_minutes)) + 5
+        left = list(bins)
+        for queued in self.queue.submit(packs, minutes, others=list(self.jobs)):
+            for name in queued:
+                self.jobs[name] = Job(name, left.pop(0), self.call)
+            # After each array: should the next be refused, the next call knows this one.
+            write_jobs(self.folder, self.jobs.values())
+            log.info("queued", jobs=len(queued), first=queued[0])
 
     def plan(self) -> str:
         """What a call would do."""
@@ -207,7 +237,7 @@ class Runner:
         file = self.folder / "packs" / f"{self.call}-{uuid.uuid4().hex[:6]}.json"
         limit_s = 60 * self.limits.cell_limit_minutes
         folder = str(self.folder / "cells")
-        return Pack(str(file), folder, names, self.kind, self.call, self.limits.attempts, limit_s)
+        return Pack(str(file), folder, names, self.kind, self.call, self.limits.attempts, limit_s, self.limits.save_s)
 
 
 def packed(lengths: dict[str, float], job_minutes: float) -> list[list[str]]:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import psutil
 
+from pacl_scale.controller import patiently, state_of
 from pacl_scale.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError, run_command
 from pacl_scale.signals import STOPPING
 from pacl_scale.sweep import ledger
@@ -32,7 +33,13 @@ INTERRUPTIONS = 10
 """How often in a call a cell may be stopped or lost before it is given up: it may be what ends its jobs."""
 
 SAVE_SECONDS = 120.0
-"""How long a cell may take to save when its job is asked to stop."""
+"""How long a cell may take to save when its job is asked to stop; less where Slurm gives less."""
+
+MARGIN_SECONDS = 20.0
+"""What remains of the time between Slurm's signal and its end, to queue the job again."""
+
+HERE = "local"
+"""In place of a job's number: no Slurm job."""
 
 Kind = Literal["evaluate", "train"]
 
@@ -52,6 +59,8 @@ class Pack:
     """How often in a call a cell is tried."""
     limit_s: float
     """Seconds that a cell may take."""
+    save_s: float = SAVE_SECONDS
+    """Seconds that it may take to save when its job is asked to stop."""
 
     def __call__(self) -> None:
         """Work on all cells that are not done."""
@@ -61,7 +70,7 @@ class Pack:
         """Asked to stop by Slurm: let the cell under way save, and have the rest done when the job runs again."""
         import submitit
 
-        stop_child()
+        stop_child(self.save_s)
         return submitit.helpers.DelayedSubmission(self)
 
 
@@ -99,6 +108,9 @@ def work(pack: Pack) -> None:
         entry = ledger.read(folder)
         if entry is None or not may_try(entry, pack.call, pack.attempts):
             continue
+        if is_elsewhere(entry, job):
+            print(f"{name}: job {entry.last.job if entry.last else ''} works on it", flush=True)
+            continue
         entry = ledger.begin(folder, pack.call, job, node)
         outcome, why = _one(context.Process(target=_in_child, args=(pack.kind, str(folder))), folder, pack.limit_s)
         ledger.end(folder, entry, outcome, why)
@@ -108,23 +120,36 @@ def work(pack: Pack) -> None:
             time.sleep(5)
 
 
+def is_elsewhere(entry: ledger.Entry, job: str) -> bool:
+    """Whether another Slurm job that lives is at work on a cell: one whose number an ended call could not note."""
+    last = entry.last
+    if last is None or last.outcome != "running" or HERE in (job, last.job) or last.job == job:
+        return False
+    return patiently(lambda: state_of(last.job)) is not None
+
+
 def job_name() -> str:
     """Slurm's number of this job, with the array's index; "local" outside a job."""
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    return os.environ.get("SLURM_JOB_ID", "local")
+    return os.environ.get("SLURM_JOB_ID", HERE)
 
 
 _child: BaseProcess | None = None
 
 
-def stop_child() -> None:
+def save_seconds(signal_seconds: float) -> float:
+    """How long a cell may save where its job is asked to stop so long before its end."""
+    return min(SAVE_SECONDS, max(signal_seconds / 2, signal_seconds - MARGIN_SECONDS))
+
+
+def stop_child(seconds: float) -> None:
     """Ask the cell under way to save and end; end it if it does not."""
     if _child is None or _child.pid is None:
         return
     with suppress(ProcessLookupError):
         os.kill(_child.pid, signal.SIGUSR2)
-    _child.join(SAVE_SECONDS)
+    _child.join(seconds)
     _end(_child)
 
 
