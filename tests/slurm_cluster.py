@@ -18,6 +18,9 @@ from pathlib import Path
 import psutil
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "unshare")
+GPU_TYPE = "a100"
+MEMORY_MB = 8000
+FEATURE = "ib"
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 
@@ -46,7 +49,8 @@ class Cluster:
         self.small_disk = folder / "small"
         """A folder on a disk of four MiB, seen by all nodes."""
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
-        self._uts: dict[str, str] = {}
+        self._namespaces: dict[str, list[int]] = {}
+        """Of each node that is on: host name and mounts, held open so that nothing else gets their numbers."""
         self._write_files(gpus, max_array_size)
 
     def run(self, *words: str, check: bool = True) -> str:
@@ -111,11 +115,13 @@ class Cluster:
         daemon.wait(10)
 
     def restart_daemon(self, name: str) -> None:
-        """End a node's slurmd and start it again in the same namespaces; what runs on the node goes on."""
+        """End a node's slurmd and start it again on the same node; what runs there goes on."""
         daemon = self._daemons.pop(name)
         daemon.kill()
         daemon.wait(10)
-        self.power_on(name)
+        uts, mnt = self._namespaces[name]
+        words = [f"--uts=/proc/self/fd/{uts}", f"--mount=/proc/self/fd/{mnt}", *self._slurmd(name)]
+        self._start(name, "nsenter", *words, pass_fds=(uts, mnt))
 
     def answers(self) -> bool:
         """Whether the controller does."""
@@ -136,9 +142,14 @@ class Cluster:
         if name in self._daemons:
             return
         hosts = f"mount --bind {self.folder}/hosts /etc/hosts && hostname {name}"
-        daemon = f"exec {find('slurmd')} -D -N {name} -f {self.environment['SLURM_CONF']}"
-        self._start(name, "unshare", "-m", "-u", "sh", "-c", f"{hosts} && {daemon}")
-        until(lambda: self._hostname_set(name), 10, lambda: f"{name} does not start:\n{self._log(name)}")
+        self._start(name, "unshare", "-m", "-u", "sh", "-c", f"{hosts} && exec {' '.join(self._slurmd(name))}")
+        pid = self._daemons[name].pid
+        until(
+            lambda: _namespace(pid) not in ("", _namespace(os.getpid())),
+            10,
+            lambda: f"{name} does not start:\n{self._log(name)}",
+        )
+        self._namespaces[name] = [os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY) for kind in ("uts", "mnt")]
 
     def power_off(self, name: str) -> None:
         """End everything that runs on a node, at once and without a word to the controller."""
@@ -146,6 +157,8 @@ class Cluster:
             for pid in self._processes_of(name):
                 _kill(pid, signal.SIGKILL)
         self._daemons.pop(name).wait(10)
+        for namespace in self._namespaces.pop(name):
+            os.close(namespace)
 
     def training(self, name: str) -> list[psutil.Process]:
         """The Python processes of job steps on a node."""
@@ -162,9 +175,10 @@ class Cluster:
 
     def stop(self) -> None:
         """Cancel all jobs, then end every process of the cluster."""
-        subprocess.run(
-            ["scancel", "--signal=KILL", "--full", "--user=root"], env=os.environ | self.environment, timeout=30
-        )
+        # The controller may be down.
+        with suppress(subprocess.TimeoutExpired):
+            words = ["scancel", "--signal=KILL", "--full", "--user=root"]
+            subprocess.run(words, env=os.environ | self.environment, timeout=30)
         for name in [name for name in self.names if name in self._daemons]:
             self.power_off(name)
         for name, daemon in reversed(self._daemons.items()):
@@ -178,22 +192,27 @@ class Cluster:
         if self.small_disk.is_mount():
             subprocess.run(["umount", str(self.small_disk)], check=True)
 
-    def _start(self, name: str, *words: str) -> None:
+    def _slurmd(self, name: str) -> list[str]:
+        return [find("slurmd") or "", "-D", "-N", name, "-f", self.environment["SLURM_CONF"]]
+
+    def _start(self, name: str, *words: str, pass_fds: Sequence[int] = ()) -> None:
         with (self.folder / f"{name}.out").open("ab") as log:
             self._daemons[name] = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | self.environment
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=os.environ | self.environment,
+                pass_fds=pass_fds,
             )
 
     def _log(self, name: str) -> str:
         return (self.folder / f"{name}.out").read_text(errors="replace")[-2000:]
 
-    def _hostname_set(self, name: str) -> bool:
-        self._uts[name] = _namespace(self._daemons[name].pid)
-        return self._uts[name] != _namespace(os.getpid())
-
     def _processes_of(self, name: str) -> list[int]:
         pids = [int(entry) for entry in os.listdir("/proc") if entry.isdecimal()]
-        return [pid for pid in pids if _namespace(pid) == self._uts[name]]
+        mine = f"uts:[{os.fstat(self._namespaces[name][0]).st_ino}]"
+        return [pid for pid in pids if _namespace(pid) == mine]
 
     def _write_files(self, gpus: int, max_array_size: int) -> None:
         for folder in ("state", "spool", *(f"spool/{name}" for name in self.names)):
@@ -203,11 +222,11 @@ class Cluster:
         ports = free_ports(1 + len(self.names))
         gres, lines = "", []
         if gpus:
-            gres = f" Gres=gpu:{gpus}"
+            gres = f" Gres=gpu:{GPU_TYPE}:{gpus}"
             for number in range(gpus):
                 # A character device that a GPU's could be; this one swallows what is written.
                 os.mknod(self.folder / f"gpu{number}", 0o666 | 0o020000, os.makedev(1, 3))
-            lines = [f"Name=gpu File={self.folder}/gpu[0-{gpus - 1}]"]
+            lines = [f"Name=gpu Type={GPU_TYPE} File={self.folder}/gpu[0-{gpus - 1}]"]
         (self.folder / "gres.conf").write_text("\n".join(lines) + "\n")
         settings = {
             "ClusterName": "test",
@@ -243,9 +262,11 @@ class Cluster:
         text = [f"{name}={value}" for name, value in settings.items()]
         for name, port in zip(self.names, ports[1:], strict=True):
             address = "NodeHostname=localhost NodeAddr=127.0.0.1"
-            text.append(f"NodeName={name} {address} Port={port} CPUs=8 State=UNKNOWN{gres}")
+            line = f"NodeName={name} {address} Port={port} CPUs=8 RealMemory={MEMORY_MB} Feature={FEATURE}"
+            text.append(f"{line} State=UNKNOWN{gres}")
         text.append("PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60")
         text.append("PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF")
+        text.append(f"PartitionName=short Nodes={self.names[0]} MaxTime=5 Hidden=YES State=UP PriorityTier=1")
         (self.folder / "slurm.conf").write_text("\n".join(text) + "\n")
 
 

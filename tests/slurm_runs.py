@@ -49,15 +49,22 @@ def submitted(words: list[str], nodes: int = 2, *more: str) -> str:
     return note.job
 
 
+def by_sbatch(cluster: Cluster, run: Path, words: list[str], nodes: int, *more: str) -> str:
+    """Number of the job of the plain batch script."""
+    command = ["sbatch", "--parsable", f"--nodes={nodes}", "--gpus-per-node=0", "--ntasks-per-node=1"]
+    command += [*more, f"--output={run.parent}/pacl-%j.log", f"--export=ALL,PYTHON={sys.executable}"]
+    return cluster.run(*command, str(SCRIPT), str(run), *words).strip()
+
+
 def wait_for_step(run: Path, step: int) -> None:
     """Until a run has logged a step."""
     file = run / "metrics.jsonl"
     until(lambda: file.exists() and len(metrics.read_metrics(file)) >= step, 120, lambda: said(run))
 
 
-def wait_for_restart(cluster: Cluster, number: str, run: Path) -> None:
+def wait_for_restart(cluster: Cluster, number: str, run: Path, seconds: float = 150) -> None:
     """Until Slurm has queued a job again."""
-    until(lambda: cluster.field(number, "Restarts") != "0", 150, lambda: said(run))
+    until(lambda: cluster.field(number, "Restarts") != "0", seconds, lambda: said(run))
 
 
 def said(run: Path) -> str:

@@ -1,6 +1,7 @@
 """Small sweeps for tests: checkpoints on tiny towers of random weights, and pictures that take a moment to measure."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,20 @@ def write_checkpoint(run: Path, step: int, settings: TrainConfig, towers: dict[s
     run.joinpath("config.yaml").write_text(config.to_yaml(settings))
 
 
-def write_data(folder: Path, names: list[str], broken: str | None = None) -> str:
-    """Data sets of two pictures each, that of name ``broken`` with a damaged mask; returns the evaluation's YAML."""
+def write_data(folder: Path, names: list[str], broken: str | None = None, hanging: str | None = None) -> str:
+    """Data sets of two pictures each; returns the evaluation's YAML.
+
+    The one of name ``broken`` has a damaged mask, and who reads the first picture of ``hanging`` waits for ever.
+    """
     sets = {}
     for name in names:
         root = write_pictures(folder / "data" / name, count=2)
         sets[name] = {"root": str(root)}
         if name == broken:
             (root / "masks" / "1.png").write_bytes(b"\x89PNG not at all")
+        if name == hanging:
+            (root / "images" / "0.png").unlink()
+            os.mkfifo(root / "images" / "0.png")
     file = folder / "evaluation.yaml"
     settings = {"segmentation": sets, "controls": ["untrained"], "examples": 0, "precision": "fp32", "threads": 1}
     settings["protocol"] = {"name": "fast", "templates": "none", "boundary": 0.0}
@@ -75,3 +82,17 @@ def grid(folder: Path, evaluation: str, runs: dict[str, str], **changes: Any) ->
     """The cells of a sweep over all of these."""
     settings = SweepConfig(output=str(folder / "sweep"), checkpoints=runs, evaluation=[evaluation], **changes)
     return grid_of(settings, folder / "sweep")[1]
+
+
+def signal_cell(folder: Path, number: int) -> bool:
+    """Send a signal to the process whose output is a cell's log; whether there was one."""
+    log = folder / "log.txt"
+    found = False
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdecimal() and os.readlink(entry / "fd" / "1") == str(log):
+                os.kill(int(entry.name), number)
+                found = True
+        except OSError:
+            continue
+    return found

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from slurm_cluster import Cluster, until
 from slurm_runs import (
     SCRIPT,
     STEPS,
+    by_sbatch,
     by_torchrun,
     finished,
     said,
@@ -21,11 +23,13 @@ from slurm_runs import (
     wait_for_step,
     words_for,
 )
+from sweeps import write_data, write_runs
 from training import curve
 
-from pacl_scale import checkpoint, claims, config, controller, submit
+from pacl_scale import checkpoint, claims, config, controller, evaluate, submit
 from pacl_scale.checkpoint import CheckpointConfig
 from pacl_scale.errors import UserError
+from pacl_scale.evaluate.rows import read_rows
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.weights, pytest.mark.slow]
 
@@ -71,6 +75,30 @@ def _started_early(limited: Limited) -> None:
     """Let the time of that job run beside all other drills."""
 
 
+SHORT = 12
+"""Steps of trainings that nobody disturbs."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(features: str, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[float]]:
+    """Short curves by number of ranks."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return {ranks: by_torchrun(features, folder / str(ranks) / "run", ranks=ranks, steps=SHORT) for ranks in (1, 2, 4)}
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+@pytest.mark.parametrize("door", ["submit", "sbatch"])
+def test_both_doors_train_to_the_end(
+    cluster: Cluster, features: str, undisturbed: dict[int, list[float]], tmp_path: Path, door: str, nodes: int
+) -> None:
+    run = tmp_path / "run"
+    words = words_for(features, run, steps=SHORT)
+    number = submitted(words, nodes) if door == "submit" else by_sbatch(cluster, run, words, nodes)
+    finished(cluster, number, run)
+    assert (cluster.field(number, "NumNodes"), cluster.field(number, "Restarts")) == (str(nodes), "0")
+    assert curve(run) == undisturbed[nodes]
+
+
 def test_submit_survives_a_signal_and_an_administrator(
     cluster: Cluster, features: str, expected: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,21 +124,45 @@ def test_submit_survives_a_signal_and_an_administrator(
     assert f"step={note.step}" in (run / "train.2.log").read_text(), "it says what it resumed"
 
 
-def test_a_plain_batch_script_on_four_nodes_saves_requeues_and_resumes(
-    cluster: Cluster, features: str, expected_of_four: list[float], tmp_path: Path
+def test_a_plain_batch_script_survives_a_signal_and_the_loss_of_its_own_node(
+    cluster: Cluster, features: str, expected: list[float], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    words = words_for(features, run)
-    command = ["sbatch", "--parsable", "--nodes=4", "--gpus-per-node=0", "--ntasks-per-node=1"]
-    command += [f"--output={tmp_path}/pacl-%j.log", f"--export=ALL,PYTHON={sys.executable}", str(SCRIPT), str(run)]
-    number = cluster.run(*command, *words).strip()
+    words = words_for(features, run, checkpoint=OFTEN)
+    # The job that waits for its time limit is on n3.
+    number = by_sbatch(cluster, run, words, 2, "--exclude=n3")
     wait_for_step(run, 3)
     with pytest.raises(UserError, match=f"job {number} of run"):
         submitted(words)
+    second = by_sbatch(cluster, run, words, 2)
+    assert cluster.wait(second) == "FAILED", "it comes in by the other door"
+    assert f"error: job {number} of run {run} is RUNNING" in said(run)
     cluster.run("scancel", "--signal=USR1", number)
     wait_for_restart(cluster, number, run)
+    until(lambda: (run / "train.1.log").exists(), 120, lambda: said(run))
+    batch = cluster.field(number, "BatchHost")
+    # What a slurmd leaves behind when it is started anew belongs to the node too.
+    cluster.restart_daemon(batch)
+    wait_for_step(run, 30)
+    cluster.power_off(batch)
+    try:
+        until(lambda: cluster.field(number, "Restarts") == "2", 150, lambda: said(run))
+    finally:
+        cluster.power_on(batch)
     finished(cluster, number, run)
-    assert curve(run) == expected_of_four
+    assert curve(run) == expected
+
+
+def test_a_job_that_crashes_in_circles_is_given_up(cluster: Cluster, features: str, tmp_path: Path) -> None:
+    run, python = tmp_path / "run", tmp_path / "python"
+    # A trainer that is killed before it begins, and batch scripts whose questions are answered.
+    python.write_text(f'#!/bin/sh\ncase "$*" in *submitit*) kill -9 $$;; *) exec {sys.executable} "$@";; esac\n')
+    python.chmod(0o755)
+    number = submitted(words_for(features, run), 1, "--attempts=1", f"--python={python}")
+    assert cluster.wait(number) == "FAILED"
+    assert cluster.field(number, "Restarts") == "1"
+    assert "error: run " in said(run)
+    assert "is not queued again: its newest checkpoint is still that of step 0 after 1 more attempts" in said(run)
 
 
 def test_a_killed_rank_is_no_end(cluster: Cluster, features: str, expected: list[float], tmp_path: Path) -> None:
@@ -125,7 +177,8 @@ def test_a_killed_rank_is_no_end(cluster: Cluster, features: str, expected: list
 
 
 def test_a_time_limit_is_no_end(cluster: Cluster, limited: Limited, expected: list[float]) -> None:
-    wait_for_restart(cluster, limited.number, limited.run)
+    # Limits of whole minutes, looked at every half a minute; then it saves.
+    wait_for_restart(cluster, limited.number, limited.run, seconds=240)
     finished(cluster, limited.number, limited.run)
     stopped = re.search(r"stopped why=SIGUSR2 step=(\d+)", (limited.run / "train.0.log").read_text())
     assert stopped and 3 <= int(stopped[1]) < STEPS
@@ -160,11 +213,23 @@ def test_daemons_may_restart_under_a_job(
     number = submitted(words_for(features, run))
     wait_for_step(run, 3)
     cluster.kill_controller()
-    cluster.restart_daemon("n1")
-    cluster.start_controller()
+    try:
+        cluster.restart_daemon("n1")
+        cluster.start_controller()
+        until(cluster.answers, 30)
+        at = len(curve(run))
+        wait_for_step(run, at + 3)
+        assert cluster.field(number, "Restarts") == "0", "the job goes on"
+        # Asked to stop while there is nobody to queue it again.
+        cluster.kill_controller()
+        for trainer in cluster.training("n2"):
+            trainer.send_signal(signal.SIGUSR2)
+        until(lambda: "; asked again" in said(run), 120, lambda: said(run))
+    finally:
+        cluster.start_controller()
     until(cluster.answers, 30)
+    wait_for_restart(cluster, number, run)
     finished(cluster, number, run)
-    assert cluster.field(number, "Restarts") == "0"
     assert curve(run) == expected
 
 
@@ -284,26 +349,70 @@ print(*(found[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORL
     ]
 
 
-def test_gpus_reach_slurm_as_they_are_asked_for(cluster: Cluster, features: str, tmp_path: Path) -> None:
-    words = [*words_for(features, tmp_path / "run"), "distributed.device=auto"]
-    assert submit.main(["--nodes=2", "--gpus-per-node=2", "--cpus-per-task=2", *words]) == 0
-    note = claims.read(tmp_path / "run")
+def test_gpus_reach_slurm_as_they_are_asked_for_and_a_node_without_them_is_named(
+    cluster: Cluster, features: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = [*words_for(features, run, global_batch_size=12), "distributed.device=auto"]
+    assert submit.main(["--nodes=3", "--gpus-per-node=a100:2", "--cpus-per-task=2", *words]) == 0
+    note = claims.read(run)
     assert note is not None
     asked = {name: cluster.field(note.job, name) for name in ("NumTasks", "CPUs/Task", "TresPerNode")}
-    cluster.run("scancel", note.job)
-    assert asked == {"NumTasks": "4", "CPUs/Task": "2", "TresPerNode": "gres:gpu:2"}
-    until(lambda: controller.state_of(note.job) is None, 60)
+    assert asked == {"NumTasks": "6", "CPUs/Task": "2", "TresPerNode": "gres:gpu:a100:2"}
+    # The devices are pretended, so torch finds none: every rank has said where it is, and its node does not fit.
+    assert cluster.wait(note.job) == "FAILED"
+    places = re.findall(r"task rank=(\d) node=n(\d) local_rank=(\d) CUDA_VISIBLE_DEVICES=([\d,]*)", said(run))
+    assert sorted((rank, local, seen) for rank, _, local, seen in places) == [
+        (str(rank), str(rank % 2), "0,1") for rank in range(6)
+    ]
+    assert len({node for _, node, _, _ in places}) == 3
+    assert "does not fit: torch finds 0 of the 2 GPUs that Slurm gave" in said(run)
+    assert "partition main has 1 nodes that take jobs, and it needs 3; mend them and submit again" in said(run)
+
+
+def test_an_evaluation_is_shared_among_tasks(cluster: Cluster, tmp_path: Path) -> None:
+    run = write_runs(tmp_path, ["a"])["a"]
+    evaluation = write_data(tmp_path, ["x"])
+    words = ["--config", evaluation, "--checkpoint", run]
+    command = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-task=0"]
+    command += [f"--output={tmp_path}/pacl-%j.log", f"--export=ALL,PYTHON={sys.executable}"]
+    number = cluster.run(*command, str(SCRIPT.with_name("eval.sh")), *words).strip()
+    assert evaluate.main([*words, f"--output={tmp_path}/alone"]) == 0
+    assert cluster.wait(number) == "COMPLETED", said(Path(run))
+    assert "part 0 of 2" in said(Path(run)) or "part 1 of 2" in said(Path(run))
+    shared, alone = ({row.method: row for row in read_rows(str(folder))} for folder in (run, tmp_path / "alone"))
+    assert shared.keys() == alone.keys() and shared["pacl"].pictures == 2
+    assert all(shared[name].scores == alone[name].scores for name in alone)
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--nodes=5"], "partition main has 4 nodes with 2 GPUs, and 5 are asked for"),
+        (["--nodes=5"], "partition main has 4 nodes with 2 GPUs and 2 cores, and 5 are asked for"),
         (["--gpus-per-node=8"], "partition main has 0 nodes with 8 GPUs"),
-        (["--partition=fast"], "there is no partition fast; the cluster has main, urgent"),
+        (["--partition=fast"], "there is no partition fast; the cluster has main, urgent, short"),
+        (["--partition=main,fast"], "there is no partition fast"),
+        (["--partition=short", "--nodes=1", "--time=6"], "partition short ends jobs after 5:00, and 6 is asked for"),
+        (["--gpus-per-node=h100:2"], "partition main has 0 nodes with 2 h100 GPUs and 2 cores"),
+        (["--cpus-per-task=5"], "partition main has 0 nodes with 2 GPUs and 10 cores"),
+        (["--mem=8G"], "partition main has 0 nodes with 2 GPUs, 2 cores and 8G of memory"),
+        (["--constraint=ib&big"], "partition main has 0 nodes with 2 GPUs, 2 cores and the features ib&big"),
+        (["--exclude=n[1-2]", "--nodes=3"], r"main has 2 nodes with 2 GPUs and 2 cores besides n\[1-2\], and 3 are"),
     ],
 )
 def test_what_the_partition_cannot_run_is_refused(cluster: Cluster, words: list[str], said: str) -> None:
     settings = config.parse(submit.SubmitConfig, ["--gpus_per_node=2", *submit.split_words(words)[0]], "test")
     with pytest.raises(UserError, match=said):
         submit.check_partition(settings)
+
+
+def test_what_the_partition_can_run_is_not_refused(cluster: Cluster) -> None:
+    words = ["--gpus_per_node=a100:2", "--nodes=3", "--mem=4G", "--constraint=ib", "--exclude=n1", "--time=1-00:00:00"]
+    settings = config.parse(submit.SubmitConfig, [*words, "--partition=short,main"], "test")
+    assert submit.check_partition(settings) == []
+    cluster.run("scontrol", "update", "NodeName=n4", "State=DRAIN", "Reason=test")
+    try:
+        said = submit.check_partition(settings)
+    finally:
+        cluster.run("scontrol", "update", "NodeName=n4", "State=RESUME")
+    assert said == ["partition main has 2 such nodes now (n4 is drained); the job waits for more"]

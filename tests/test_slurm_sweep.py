@@ -1,13 +1,14 @@
-"""A sweep of sixty cells on a real Slurm of four nodes: one loses power, and five cells cannot succeed."""
+"""A sweep of sixty cells on a real Slurm of four nodes: one loses power, and five cells are made to crash."""
 
 import json
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from slurm_cluster import Cluster, until
-from sweeps import words_for, write_data, write_runs
+from sweeps import signal_cell, words_for, write_data, write_runs
 
 from pacl_scale.errors import RunFailed
 from pacl_scale.evaluate.rows import read_rows
@@ -15,74 +16,114 @@ from pacl_scale.sweep import ledger, main
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
-RUNS = ["a", "b", "c", "d", "e"]
 DATA_SETS = [f"set_{number:02}" for number in range(12)]
-BROKEN = DATA_SETS[6]
+HANGING = DATA_SETS[0]
+CRASHES = {
+    "a": (signal.SIGKILL, "ended by SIGKILL, as when memory runs out"),
+    "b": (signal.SIGABRT, "ended by SIGABRT"),
+    "c": (signal.SIGSEGV, "ended by SIGSEGV"),
+    "d": (signal.SIGINT, "interrupted"),
+    "e": (None, "not done within 0.5 minutes"),
+}
+"""How the hanging cell of each run is made to end (without a signal: by its time limit), and what is said of it."""
 
 
 @pytest.mark.timeout(400)
 def test_sixty_cells_a_dying_node_and_five_crashes(
     cluster: Cluster, tmp_path: Path, record_testsuite_property: Callable[[str, object], None]
 ) -> None:
-    runs = write_runs(tmp_path, RUNS)
-    evaluation = write_data(tmp_path, DATA_SETS, BROKEN)
+    runs = write_runs(tmp_path, list(CRASHES))
+    evaluation = write_data(tmp_path, DATA_SETS, hanging=HANGING)
     habits = tmp_path / "cluster.yaml"
     habits.write_text("cpus_per_task: 8  # a whole node\n")
     # Five cells a job are twelve jobs, and an array may have ten.
     words = words_for(tmp_path, runs, evaluation, f"--cluster={habits}", "--job-minutes=5")
+    words += ["--cell-limit-minutes=0.5"]
     sweep = tmp_path / "sweep"
-    stopped: list[str] = []
-    trouble = threading.Thread(target=disturb, args=(cluster, sweep, stopped))
-    trouble.start()
+    trouble = Trouble(cluster, sweep)
     try:
-        with pytest.raises(RunFailed, match="5 of 60 cells failed") as failed:
+        with trouble, pytest.raises(RunFailed, match="5 of 60 cells failed") as failed:
             main(words)
     finally:
-        trouble.join()
-        cluster.power_on("n2")
-    assert cluster.field(stopped[0], "Restarts") != "0", "it goes on where it was"
-    named = str(failed.value).splitlines()[1:]
+        cluster.power_on(trouble.dead)
+    assert cluster.field(trouble.stopped, "Restarts") != "0", "it goes on where it was"
+    named = sorted(str(failed.value).splitlines()[1:])
     assert len(named) == 5
-    for run, line in zip(RUNS, sorted(named), strict=True):
-        assert line.startswith(f"  {run}-7-{BROKEN}-fast-")
-        assert line.endswith(f"{tmp_path}/data/{BROKEN}/masks/1.png is not a picture")
+    for (run, (_, why)), line in zip(CRASHES.items(), named, strict=True):
+        assert line.startswith(f"  {run}-7-{HANGING}-fast-") and line.endswith(f": {why}")
 
     folders = sorted((sweep / "cells").iterdir())
-    rows = {folder.name: read_rows(str(folder)) for folder in folders}
-    assert len(rows) == 60
+    rows = {folder.name: read_rows(str(folder)) for folder in folders if HANGING not in folder.name}
     measured = sum(any(row.method == "pacl" for row in found) for found in rows.values())
     record_testsuite_property("sweep_rows", measured)
     record_testsuite_property("sweep_named_failures", len(named))
-    assert measured == 55
-    entries = {folder.name: ledger.read(folder) for folder in folders}
-    outcomes = [one.outcome for entry in entries.values() if entry for one in entry.attempts]
-    assert outcomes.count("done") == 55 and outcomes.count("refused") == 5
-    arrays = {one.job.partition("_")[0] for entry in entries.values() if entry for one in entry.attempts}
+    assert len(folders) == 60 and measured == 55
+    entries = {folder.name: entry for folder in folders if (entry := ledger.read(folder))}
+    attempts = [one for entry in entries.values() for one in entry.attempts]
+    outcomes = [one.outcome for one in attempts]
+    assert outcomes.count("done") == 55
+    assert outcomes.count("failed") == 8 and outcomes.count("timeout") == 2, "each is tried twice"
+    assert {one.node for one in attempts if one.outcome == "lost"} == {trouble.dead}, "the dead node took a cell along"
+    assert "stopped" in outcomes
+    arrays = {one.job.partition("_")[0] for one in attempts}
     assert len(arrays) >= 2, "twelve jobs are more than one array of ten"
-    places = [one.job.partition("_")[2] for entry in entries.values() if entry for one in entry.attempts]
+    places = [one.job.partition("_")[2] for one in attempts]
     # A job that is alone in its array has no place.
     assert all(int(place) < 10 for place in places if place)
     assert (sweep / "results.csv").read_text().count("\n") == 1 + 2 * 55, "pacl and untrained, and the heading"
 
-    with pytest.raises(RunFailed, match="5 of 60 cells failed"):
-        main(words)
-    again = {folder.name: ledger.read(folder) for folder in folders}
-    tried = [name for name, entry in again.items() if entry and entry.attempts != entries[name].attempts]  # type: ignore[union-attr]
+    with Trouble(cluster, sweep, only_kill=True), pytest.raises(RunFailed, match="5 of 60 cells failed"):
+        main([*words, "--attempts=1"])
+    again = {folder.name: entry for folder in folders if (entry := ledger.read(folder))}
+    tried = [name for name, entry in again.items() if entry.attempts != entries[name].attempts]
     record_testsuite_property("sweep_rerun_cells", len(tried))
-    assert len(tried) == 5 and all(BROKEN in name for name in tried)
+    assert len(tried) == 5 and all(HANGING in name for name in tried)
 
 
-def disturb(cluster: Cluster, sweep: Path, stopped: list[str]) -> None:
-    """Switch off a node that works on a cell, and ask a job on another node to stop, as a time limit does."""
+class Trouble:
+    """What befalls a sweep for the length of a ``with`` block.
 
-    def at_work() -> dict[str, str]:
-        files = list(sweep.glob(f"cells/*/{ledger.FILE}"))
-        lasts = [one for file in files for one in json.loads(file.read_text())["attempts"][-1:]]
-        return {one["node"]: one["job"] for one in lasts if one["outcome"] == "running"}
+    The node that works on the first cell that hangs loses power, a job on another one is asked to stop as at a time
+    limit, and from then on cells that hang are ended as :data:`CRASHES` says; or all of them are killed.
+    """
 
-    until(lambda: "n2" in at_work() and len(at_work()) > 1, 120)
-    cluster.power_off("n2")
-    until(lambda: bool(set(at_work()) - {"n2"}), 60)
-    job = next(job for node, job in at_work().items() if node != "n2")
-    cluster.run("scancel", "--signal=USR2", job)
-    stopped.append(job)
+    def __init__(self, cluster: Cluster, sweep: Path, only_kill: bool = False) -> None:
+        self.cluster, self.sweep, self.only_kill = cluster, sweep, only_kill
+        self.dead = self.stopped = ""
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> "Trouble":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        if not self.only_kill:
+            until(lambda: any(HANGING in cell for cell, _ in self._at_work()), 120)
+            self.dead = next(one["node"] for cell, one in self._at_work() if HANGING in cell)
+            self.cluster.power_off(self.dead)
+            until(lambda: bool(self._elsewhere()), 60)
+            self.stopped = self._elsewhere()[0]
+            self.cluster.run("scancel", "--signal=USR2", self.stopped)
+        ended = set()
+        while not self._over.wait(0.2):
+            for cell, one in self._at_work():
+                number = signal.SIGKILL if self.only_kill else CRASHES[cell[0]][0]
+                attempt = (cell, one["started"])
+                is_due = HANGING in cell and one["node"] != self.dead and attempt not in ended
+                # Once an attempt: a second signal would meet a process that says why it ends.
+                if is_due and number and signal_cell(self.sweep / "cells" / cell, number):
+                    ended.add(attempt)
+
+    def _elsewhere(self) -> list[str]:
+        return [one["job"] for _, one in self._at_work() if one["node"] != self.dead]
+
+    def _at_work(self) -> list[tuple[str, dict[str, str]]]:
+        """Cells that are worked on, and the newest attempt at each."""
+        files = sorted(self.sweep.glob(f"cells/*/{ledger.FILE}"))
+        lasts = [(file.parent.name, one) for file in files for one in json.loads(file.read_text())["attempts"][-1:]]
+        return [(cell, one) for cell, one in lasts if one["outcome"] == "running"]

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from rich.console import Console
 from slurm_cluster import until
-from sweeps import grid, words_for, write_checkpoint, write_data, write_runs
+from sweeps import grid, signal_cell, words_for, write_checkpoint, write_data, write_runs
 from training import settings_for
 
 from pacl_scale import claims, config, log, storage
@@ -165,7 +165,7 @@ def test_a_hanging_cell_is_ended_and_a_crashing_one_tried_again(tmp_path: Path) 
     process = subprocess.Popen([sys.executable, "-m", "pacl_scale.sweep", *words], stderr=-1, text=True)
     for tries in (2, 3):
         until(lambda tries=tries: len(attempts(hangs)) == tries, 90)  # type: ignore[misc]
-        until(lambda: kill_cell(hangs), 60)
+        until(lambda: signal_cell(hangs, signal.SIGKILL), 60)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1 and "ended by SIGKILL, as when memory runs out" in said
     assert [one.outcome for one in attempts(hangs)] == ["timeout", "failed", "failed"]
@@ -174,20 +174,6 @@ def test_a_hanging_cell_is_ended_and_a_crashing_one_tried_again(tmp_path: Path) 
 def attempts(folder: Path) -> list[ledger.Attempt]:
     entry = ledger.read(folder)
     return entry.attempts if entry else []
-
-
-def kill_cell(folder: Path) -> bool:
-    """Kill the process whose output is a cell's log; whether there was one."""
-    log = folder / "log.txt"
-    found = False
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdecimal() and os.readlink(entry / "fd" / "1") == str(log):
-                os.kill(int(entry.name), signal.SIGKILL)
-                found = True
-        except OSError:
-            continue
-    return found
 
 
 @pytest.mark.slow

@@ -115,9 +115,8 @@ class SweepConfig:
             raise ValueError("name files of data sets under evaluation, e.g. configs/eval/official.yaml")
         if min(self.throttle, self.attempts) < 1 or self.gpus < 0:
             raise ValueError("throttle and attempts must be at least 1, gpus at least 0")
-        times = (self.job_minutes, self.cell_minutes, self.cell_limit_minutes, self.poll_seconds, self.ask_seconds)
-        times += (self.watch_minutes,)
-        if min(times) <= 0:
+        minutes = (self.job_minutes, self.cell_minutes, self.cell_limit_minutes, self.watch_minutes)
+        if min(*minutes, self.poll_seconds, self.ask_seconds) <= 0:
             raise ValueError("minutes and seconds must be positive")
         if self.watch and self.detach:
             raise ValueError("watch stays; it cannot detach")
