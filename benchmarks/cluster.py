@@ -4,7 +4,8 @@
 
 Starts its own cluster on loopback (as root, with Slurm's daemons installed). The time from ``submit`` to the first step
 is measured beside plain ``srun`` of the same training, in turn; then the drills of ``pytest -m slurm`` are run, on the
-cluster of their own. ``--quick`` is one round, and of the drills the sweep only.
+cluster of their own. ``--quick`` is one round, and of the drills the sweep only. A drill that failed, or an overhead of
+five seconds or more, ends it with status 1.
 """
 
 import argparse
@@ -29,6 +30,8 @@ from slurm_runs import words_for  # noqa: E402
 from training import write_features  # noqa: E402
 
 NODES = 2
+MOST_OVERHEAD_S = 5.0
+"""From `submit` to the first step, beside plain `srun`."""
 FIGURES = ("sweep_rows", "sweep_named_failures", "sweep_rerun_cells")
 
 
@@ -75,8 +78,12 @@ def drills(chosen: str) -> dict[str, Any]:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "slurm", "-p", "no:cacheprovider", str(TESTS)]
         command += [f"--junit-xml={report}", f"--basetemp={folder}/tests", *(["-k", chosen] if chosen else [])]
-        subprocess.run(command, cwd=TESTS.parent, stdout=subprocess.DEVNULL, check=False)
-        tree = ElementTree.parse(report)
+        done = subprocess.run(command, cwd=TESTS.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            tree = ElementTree.parse(report)
+        except (OSError, ElementTree.ParseError):
+            last = done.stdout.strip().splitlines()[-1:] or ["it said nothing"]
+            sys.exit(f"error: pytest wrote no report and ended with status {done.returncode}: {last[0]}")
     results: dict[str, Any] = {"drills": {}}
     for case in tree.iter("testcase"):
         bad = [child for child in case if child.tag in ("failure", "error", "skipped")]
@@ -87,6 +94,15 @@ def drills(chosen: str) -> dict[str, Any]:
         if one.get("name") in FIGURES:
             results[str(one.get("name"))] = int(str(one.get("value")))
     return results | {"drills_passed": all(one["outcome"] == "passed" for one in results["drills"].values())}
+
+
+def faults(results: dict[str, Any]) -> list[str]:
+    """What is not as it should be."""
+    found = [f"{name}: {one['outcome']}" for name, one in results["drills"].items() if one["outcome"] != "passed"]
+    found += [] if results["drills"] else ["no drill was run"]
+    if results["submit_overhead_s"] >= MOST_OVERHEAD_S:
+        found.append(f"submit costs {results['submit_overhead_s']:.1f} s more than srun, not below {MOST_OVERHEAD_S:g}")
+    return found
 
 
 def main() -> None:
@@ -100,6 +116,8 @@ def main() -> None:
     results |= overhead(1 if arguments.quick else 3)
     results |= drills("sixty" if arguments.quick else "")
     write(results, arguments.json)
+    if wrong := faults(results):
+        sys.exit("error: " + "; ".join(wrong))
 
 
 if __name__ == "__main__":
