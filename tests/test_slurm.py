@@ -130,13 +130,13 @@ def test_a_plain_batch_script_survives_a_signal_and_the_loss_of_its_own_node(
     run = tmp_path / "run"
     words = words_for(features, run, checkpoint=OFTEN)
     # The job that waits for its time limit is on n3.
-    number = by_sbatch(cluster, run, words, 2, "--exclude=n3")
+    both = [by_sbatch(cluster, run, words, 2, "--exclude=n3") for _ in range(2)]
+    until(lambda: "FAILED" in map(cluster.state, both), 120, lambda: said(run))
+    (number,) = [one for one in both if cluster.state(one) != "FAILED"]
+    assert f"error: job {number} of run {run} is RUNNING" in said(run), "of two at once one trains"
     wait_for_step(run, 3)
     with pytest.raises(UserError, match=f"job {number} of run"):
         submitted(words)
-    second = by_sbatch(cluster, run, words, 2)
-    assert cluster.wait(second) == "FAILED", "it comes in by the other door"
-    assert f"error: job {number} of run {run} is RUNNING" in said(run)
     cluster.run("scancel", "--signal=USR1", number)
     wait_for_restart(cluster, number, run)
     until(lambda: (run / "train.1.log").exists(), 120, lambda: said(run))
@@ -196,7 +196,7 @@ def test_of_two_submissions_at_once_one_trains(
     assert sorted(one.returncode == 0 for one in both) == [False, True], "one followed its job to a good end"
     followed = outputs[[one.returncode for one in both].index(0)][0]
     assert f"step={STEPS}" in followed and "is COMPLETED" in followed
-    numbers = [out.split()[1] for out, _ in outputs if out]
+    numbers = [number for out, _ in outputs for number in re.findall(r"^job +(\d+)$", out, re.MULTILINE)]
     assert numbers, outputs
     states = sorted(cluster.wait(number) for number in numbers)
     sentences = said(run) + "".join(said for _, said in outputs)

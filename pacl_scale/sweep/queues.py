@@ -224,13 +224,14 @@ def of_one_task(cluster: SubmitConfig, gpus: int) -> SubmitConfig:
         key=lambda node: node.memory_mb,
         default=None,
     )
-    if smallest is None:
+    whole = partition.megabytes_in(cluster.mem) or (smallest.memory_mb if smallest else 0.0)
+    # Slurm takes a node that nobody described for one of a megabyte.
+    if smallest is None or whole <= 1:
         return one
     if gpus:
         share = gpus / partition.gpus_in(smallest.gres, cluster.gpu_type)
     else:
         share = (cluster.cpus_per_task or 1) / smallest.cores
-    whole = partition.megabytes_in(cluster.mem) or smallest.memory_mb
     return replace(one, mem=f"{max(1, math.floor(whole * share))}M")
 
 
