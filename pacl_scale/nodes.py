@@ -1,12 +1,11 @@
 """Look at the nodes of a job before training on them: ``python -m pacl_scale.nodes [check.KEY=VALUE ...] WORDS...``.
 
 Started by ``srun`` in every task, in place of ``python -m pacl_scale.train``, whose words it takes. One all-reduce,
-the free space and the clocks are looked at; a node that stands out is named in ``<run>/slurm/unfit.json``, and the
+the free space and the clocks are looked at; a node that stands out is named in ``<run>/slurm/unfit.*``, and the
 batch script queues the job again without it (``python -m pacl_scale.job requeue``). Otherwise training begins, in the
 same process.
 """
 
-import json
 import os
 import shutil
 import statistics
@@ -14,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -316,34 +315,21 @@ def _nodes_of_step() -> list[str]:
     return controller.hostnames(os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"])
 
 
-@dataclass
-class Unfit:
-    """``<run>/slurm/unfit.json``: nodes that an attempt of a job found wanting."""
-
-    job: str
-    attempt: str
-    nodes: dict[str, str]
-
-
-def note_unfit(run: Path, job: str, nodes: dict[str, str]) -> None:
-    """Leave word for the batch script, besides what other ranks left."""
-    file = run / "slurm" / "unfit.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.part")
-    partial.write_text(
-        json.dumps(asdict(Unfit(job, os.environ.get("SLURM_RESTART_COUNT", "0"), unfit_nodes(run, job) | nodes)))
-    )
-    partial.replace(file)
+def note_unfit(run: Path, job: str, nodes: Mapping[str, str]) -> None:
+    """Leave word for the batch script: a file a node, as several may find themselves wanting at the same time."""
+    for node, why in nodes.items():
+        file = _unfit(run, job) / node
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(why, encoding="utf-8")
 
 
 def unfit_nodes(run: Path, job: str) -> dict[str, str]:
-    """What this attempt of ``job`` found, if it found something."""
-    try:
-        found = Unfit(**json.loads((run / "slurm" / "unfit.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
-    is_mine = (found.job, found.attempt) == (job, os.environ.get("SLURM_RESTART_COUNT", "0"))
-    return found.nodes if is_mine else {}
+    """Nodes that this attempt of ``job`` found wanting, and why."""
+    return {file.name: file.read_text(encoding="utf-8") for file in sorted(_unfit(run, job).glob("*"))}
+
+
+def _unfit(run: Path, job: str) -> Path:
+    return run / "slurm" / f"unfit.{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
 
 
 if __name__ == "__main__":
