@@ -69,7 +69,7 @@ class Cluster:
         words = self.run("scontrol", "--oneliner", "show", "job", job).split()
         return next(word.partition("=")[2] for word in words if word.startswith(f"{name}="))
 
-    def wait(self, job: str, states: Sequence[str] = FINAL, seconds: float = 150) -> str:
+    def wait(self, job: str, states: Sequence[str] = FINAL, seconds: float = 300) -> str:
         """Wait until a job is in one of ``states``; returns it."""
         until(
             lambda: self.state(job) in states,

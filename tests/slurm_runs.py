@@ -62,7 +62,7 @@ def wait_for_step(run: Path, step: int) -> None:
     until(lambda: file.exists() and len(metrics.read_metrics(file)) >= step, 120, lambda: said(run))
 
 
-def wait_for_restart(cluster: Cluster, number: str, run: Path, seconds: float = 150) -> None:
+def wait_for_restart(cluster: Cluster, number: str, run: Path, seconds: float = 240) -> None:
     """Until Slurm has queued a job again."""
     until(lambda: cluster.field(number, "Restarts") != "0", seconds, lambda: said(run))
 

@@ -28,7 +28,14 @@ from pacl_scale import checkpoint, claims, controller
 from pacl_scale.checkpoint import CheckpointConfig
 from pacl_scale.errors import UserError
 
-pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.weights, pytest.mark.slow]
+# Some drills start several times; alone each takes a minute at most.
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.distributed,
+    pytest.mark.weights,
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+]
 
 OFTEN = CheckpointConfig(every_steps=10)
 
@@ -145,7 +152,7 @@ def test_a_plain_batch_script_survives_a_signal_and_the_loss_of_its_own_node(
     wait_for_step(run, 30)
     cluster.power_off(batch)
     try:
-        until(lambda: cluster.field(number, "Restarts") == "2", 150, lambda: said(run))
+        until(lambda: cluster.field(number, "Restarts") == "2", 240, lambda: said(run))
     finally:
         cluster.power_on(batch)
     finished(cluster, number, run)
@@ -177,7 +184,7 @@ def test_a_killed_rank_is_no_end(cluster: Cluster, features: str, expected: list
 
 def test_a_time_limit_is_no_end(cluster: Cluster, limited: Limited, expected: list[float]) -> None:
     # Limits of whole minutes, looked at every half a minute; then it saves.
-    wait_for_restart(cluster, limited.number, limited.run, seconds=240)
+    wait_for_restart(cluster, limited.number, limited.run)
     finished(cluster, limited.number, limited.run)
     stopped = re.search(r"stopped why=SIGUSR2 step=(\d+)", (limited.run / "train.0.log").read_text())
     assert stopped and 3 <= int(stopped[1]) < STEPS
@@ -310,7 +317,7 @@ def test_a_node_that_loses_power_is_no_end(
     wait_for_step(run, 12)
     cluster.power_off("n2")
     try:
-        until(lambda: cluster.field(number, "Restarts") != "0", 150, lambda: said(run))
+        until(lambda: cluster.field(number, "Restarts") != "0", 240, lambda: said(run))
     finally:
         cluster.power_on("n2")
     finished(cluster, number, run)

@@ -39,11 +39,13 @@ def test_gpus_reach_slurm_as_they_are_asked_for_and_a_node_without_them_is_named
 ) -> None:
     run = tmp_path / "run"
     words = [*words_for(features, run, global_batch_size=12), "distributed.device=auto"]
-    assert submit.main(["--nodes=3", "--gpus-per-node=a100:2", "--cpus-per-task=2", *words]) == 0
+    assert (
+        submit.main(["--nodes=3", "--gpus-per-node=a100:2", "--cpus-per-task=2", "--sbatch.comment=drill", *words]) == 0
+    )
     note = claims.read(run)
     assert note is not None
-    asked = {name: cluster.field(note.job, name) for name in ("NumTasks", "CPUs/Task", "TresPerNode")}
-    assert asked == {"NumTasks": "6", "CPUs/Task": "2", "TresPerNode": "gres:gpu:a100:2"}
+    asked = {name: cluster.field(note.job, name) for name in ("NumTasks", "CPUs/Task", "TresPerNode", "Comment")}
+    assert asked == {"NumTasks": "6", "CPUs/Task": "2", "TresPerNode": "gres:gpu:a100:2", "Comment": "drill"}
     # The devices are pretended, so torch finds none: every rank has said where it is, and its node does not fit.
     assert cluster.wait(note.job) == "FAILED"
     places = re.findall(r"task rank=(\d) node=n(\d) local_rank=(\d) CUDA_VISIBLE_DEVICES=([\d,]*)", said(run))

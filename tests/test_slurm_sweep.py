@@ -28,7 +28,7 @@ CRASHES = {
 """How the hanging cell of each run is made to end (without a signal: by its time limit), and what is said of it."""
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_sixty_cells_a_dying_node_and_five_crashes(
     cluster: Cluster, tmp_path: Path, record_testsuite_property: Callable[[str, object], None]
 ) -> None:
