@@ -309,21 +309,6 @@ def test_a_full_disk_is_one_sentence(cluster: Cluster, features: str, expected: 
     assert curve(run) == expected
 
 
-def test_a_node_that_loses_power_is_no_end(
-    cluster: Cluster, features: str, expected: list[float], tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    number = submitted(words_for(features, run, checkpoint=OFTEN))
-    wait_for_step(run, 12)
-    cluster.power_off("n2")
-    try:
-        until(lambda: cluster.field(number, "Restarts") != "0", 240, lambda: said(run))
-    finally:
-        cluster.power_on("n2")
-    finished(cluster, number, run)
-    assert curve(run) == expected
-
-
 def test_a_cancelled_job_is_not_queued_again(cluster: Cluster, features: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = words_for(features, run, seed=1)

@@ -19,11 +19,11 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 DATA_SETS = [f"set_{number:02}" for number in range(12)]
 HANGING = DATA_SETS[0]
 CRASHES = {
-    "a": (signal.SIGKILL, "ended by SIGKILL, as when memory runs out"),
-    "b": (signal.SIGABRT, "ended by SIGABRT"),
-    "c": (signal.SIGSEGV, "ended by SIGSEGV"),
-    "d": (signal.SIGINT, "interrupted"),
-    "e": (None, "not done within 0.5 minutes"),
+    "a": (None, "not done within 0.5 minutes"),
+    "b": (signal.SIGKILL, "ended by SIGKILL, as when memory runs out"),
+    "c": (signal.SIGABRT, "ended by SIGABRT"),
+    "d": (signal.SIGSEGV, "ended by SIGSEGV"),
+    "e": (signal.SIGINT, "interrupted"),
 }
 """How the hanging cell of each run is made to end (without a signal: by its time limit), and what is said of it."""
 
@@ -103,8 +103,8 @@ class Trouble:
 
     def _run(self) -> None:
         if not self.only_kill:
-            until(lambda: any(HANGING in cell for cell, _ in self._at_work()), 120)
-            self.dead = next(one["node"] for cell, one in self._at_work() if HANGING in cell)
+            until(lambda: bool(self._to_be_killed()), 120)
+            self.dead = self._to_be_killed()[0]
             self.cluster.power_off(self.dead)
             until(lambda: bool(self._elsewhere()), 60)
             self.stopped = self._elsewhere()[0]
@@ -118,6 +118,10 @@ class Trouble:
                 # Once an attempt: a second signal would meet a process that says why it ends.
                 if is_due and number and signal_cell(self.sweep / "cells" / cell, number):
                     ended.add(attempt)
+
+    def _to_be_killed(self) -> list[str]:
+        """Nodes on which a cell hangs that a signal will end."""
+        return [one["node"] for cell, one in self._at_work() if HANGING in cell and CRASHES[cell[0]][0]]
 
     def _elsewhere(self) -> list[str]:
         return [one["job"] for _, one in self._at_work() if one["node"] != self.dead]
