@@ -4,6 +4,7 @@ import json
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -106,9 +107,7 @@ class Trouble:
             until(lambda: bool(self._to_be_killed()), 120)
             self.dead = self._to_be_killed()[0]
             self.cluster.power_off(self.dead)
-            until(lambda: bool(self._elsewhere()), 60)
-            self.stopped = self._elsewhere()[0]
-            self.cluster.run("scancel", "--signal=USR2", self.stopped)
+            until(self._stop_another, 60)
         ended = set()
         while not self._over.wait(0.2):
             for cell, one in self._at_work():
@@ -119,12 +118,19 @@ class Trouble:
                 if is_due and number and signal_cell(self.sweep / "cells" / cell, number):
                     ended.add(attempt)
 
+    def _stop_another(self) -> bool:
+        """Whether a job on another node could be asked to stop; Slurm may say that it can not be altered now."""
+        for cell, one in self._at_work():
+            if one["node"] != self.dead and HANGING not in cell:
+                with suppress(RuntimeError):
+                    self.cluster.run("scancel", "--signal=USR2", one["job"])
+                    self.stopped = one["job"]
+                    return True
+        return False
+
     def _to_be_killed(self) -> list[str]:
         """Nodes on which a cell hangs that a signal will end."""
         return [one["node"] for cell, one in self._at_work() if HANGING in cell and CRASHES[cell[0]][0]]
-
-    def _elsewhere(self) -> list[str]:
-        return [one["job"] for _, one in self._at_work() if one["node"] != self.dead]
 
     def _at_work(self) -> list[tuple[str, dict[str, str]]]:
         """Cells that are worked on, and the newest attempt at each."""
