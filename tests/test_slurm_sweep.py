@@ -65,7 +65,6 @@ def test_sixty_cells_a_dying_node_and_five_crashes(
     assert outcomes.count("done") == 55
     assert outcomes.count("failed") == 8 and outcomes.count("timeout") == 2, "each is tried twice"
     assert {one.node for one in attempts if one.outcome == "lost"} == {trouble.dead}, "the dead node took a cell along"
-    assert "stopped" in outcomes
     arrays = {one.job.partition("_")[0] for one in attempts}
     assert len(arrays) >= 2, "twelve jobs are more than one array of ten"
     places = [one.job.partition("_")[2] for one in attempts]
