@@ -186,8 +186,8 @@ def test_a_disk_without_room_is_one_sentence(here: Path, monkeypatch: pytest.Mon
     run.mkdir()
     (run / "config.yaml").write_text("")
     saved(run, 4)
-    with pytest.raises(UserError, match="config.yaml is empty or damaged"):
-        submit.main(words_of(here))
+    assert submit.main(words_of(here)) == 0
+    (run / "jobs" / "0001.json").unlink()
 
     def no_room(*of: object, **more: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
