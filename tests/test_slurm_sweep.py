@@ -106,7 +106,7 @@ class Trouble:
             until(lambda: bool(self._to_be_killed()), 120)
             self.dead = self._to_be_killed()[0]
             self.cluster.power_off(self.dead)
-            until(self._stop_another, 60)
+            until(self._stop_another, 240)
         ended = set()
         while not self._over.wait(0.2):
             for cell, one in self._at_work():
@@ -119,8 +119,8 @@ class Trouble:
 
     def _stop_another(self) -> bool:
         """Whether a job on another node could be asked to stop; Slurm may say that it can not be altered now."""
-        for cell, one in self._at_work():
-            if one["node"] != self.dead and HANGING not in cell:
+        for _, one in self._at_work():
+            if one["node"] != self.dead:
                 with suppress(RuntimeError):
                     self.cluster.run("scancel", "--signal=USR2", one["job"])
                     self.stopped = one["job"]
