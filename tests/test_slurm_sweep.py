@@ -63,8 +63,10 @@ def test_sixty_cells_a_dying_node_and_five_crashes(
     attempts = [one for entry in entries.values() for one in entry.attempts]
     outcomes = [one.outcome for one in attempts]
     assert outcomes.count("done") == 55
-    assert outcomes.count("failed") == 8 and outcomes.count("timeout") == 2, "each is tried twice"
-    assert {one.node for one in attempts if one.outcome == "lost"} == {trouble.dead}, "the dead node took a cell along"
+    tried = [sum(one.outcome in ledger.FAILURES for one in entry.attempts) for entry in entries.values()]
+    assert sorted(tried) == 55 * [0] + 5 * [2], "each is tried twice"
+    # The job that is asked to stop may lose its cell too.
+    assert trouble.dead in {one.node for one in attempts if one.outcome == "lost"}, "the dead node took a cell along"
     arrays = {one.job.partition("_")[0] for one in attempts}
     assert len(arrays) >= 2, "twelve jobs are more than one array of ten"
     places = [one.job.partition("_")[2] for one in attempts]
@@ -75,9 +77,9 @@ def test_sixty_cells_a_dying_node_and_five_crashes(
     with Trouble(cluster, sweep, only_kill=True), pytest.raises(RunFailed, match="5 of 60 cells failed"):
         main([*words, "--attempts=1"])
     again = {folder.name: entry for folder in folders if (entry := ledger.read(folder))}
-    tried = [name for name, entry in again.items() if entry.attempts != entries[name].attempts]
-    record_testsuite_property("sweep_rerun_cells", len(tried))
-    assert len(tried) == 5 and all(HANGING in name for name in tried)
+    redone = [name for name, entry in again.items() if entry.attempts != entries[name].attempts]
+    record_testsuite_property("sweep_rerun_cells", len(redone))
+    assert len(redone) == 5 and all(HANGING in name for name in redone)
 
 
 class Trouble:
