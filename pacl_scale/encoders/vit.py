@@ -4,7 +4,8 @@ B pictures, T patches on a grid of h x w, P prefix tokens (class, registers), D 
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -142,7 +143,7 @@ class FrozenViT:
         check_pictures(images_BCHW, self.patch_size, stride)
         # no_grad, not inference_mode: autograd refuses to save inference tensors, and what is trained above has to
         # save these tokens for its own backward pass.
-        with torch.no_grad():
+        with torch.no_grad(), attention_by_parts():
             passes = images_BCHW.split(self._pictures_per_pass or max(1, len(images_BCHW)))
             results = [self._forward(part.to(self.device, self.dtype), stride) for part in passes]
             finished = [finish(x_BTD) for x_BTD, _ in results]
@@ -179,6 +180,18 @@ class FrozenViT:
             # Pictures come in few sizes, except in evaluation at their own: keep only the latest.
             self._positions = {grid: positions_1TD.to(self.device, self.dtype)}
         return self._positions[grid]
+
+
+@contextmanager
+def attention_by_parts() -> Iterator[None]:
+    """Keep torch's own attention module from its fast path, which holds all scores at once: (B, H, T, T), 7 GB for one
+    picture of 448 pixels at stride 4."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _packed(block: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
