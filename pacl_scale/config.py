@@ -2,14 +2,15 @@
 
 A command describes its configuration with a dataclass whose fields carry docstrings. The dataclass lives beside
 the code that it configures; here is only what turns files and words into it. Precedence, lowest first: the
-dataclass, ``--config file.yaml`` (repeatable), ``--some.key value`` (or the bare ``some.key=value``).
+dataclass, ``--config file.yaml`` (repeatable), ``--some.key value`` (or the bare ``some.key=value``). Keys may be
+written with hyphens (``--words-file``), and ``--key`` alone says true of one that is true or false.
 """
 
 import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -74,7 +75,7 @@ def parse(
     words = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser(config_class, prog, positionals, file_option)
     try:
-        namespace = parser.parse_args([_as_option(word) for word in words])
+        namespace = parser.parse_args(_as_options(words, parser, config_class))
         extras = {name: getattr(namespace, name) for name, _ in positionals}
         values = parser.instantiate(namespace)
         fields = {field.name: getattr(values, field.name) for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
@@ -111,11 +112,39 @@ def _flat(value: Any) -> Sequence[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _as_option(word: str) -> str:
-    """``some.key=value`` is short for ``--some.key=value``; a file of that name stays a file."""
-    key, equals, _ = word.partition("=")
-    is_key = bool(equals) and all(part.isidentifier() for part in key.split("."))
-    return f"--{word}" if is_key and not os.path.exists(word) else word
+def _as_options(words: Sequence[str], parser: ArgumentParser, config_class: type[Any]) -> list[str]:
+    """The words as the parser knows them.
+
+    ``some.key=value`` is short for ``--some.key=value``; a file of that name stays a file. A key may be written with
+    hyphens, and ``--key`` alone says true of a key that is true or false.
+    """
+    known = {option for action in parser._actions for option in action.option_strings}
+    switches = {f"--{key}" for key in _switches(config_class)}
+    found = []
+    for word, following in zip(words, [*words, ""][1:], strict=True):
+        key, equals, value = word.partition("=")
+        if equals and all(part.isidentifier() for part in key.split(".")) and not os.path.exists(word):
+            key = f"--{key}"
+        plain = f"--{key.removeprefix('--').replace('-', '_')}"
+        if key not in known and plain in known and (key.startswith("--") or equals):
+            key = plain
+        if key in switches and not equals and following.lower() not in ("true", "false"):
+            equals, value = "=", "true"
+        found.append(key + equals + value)
+    return found
+
+
+def _switches(config_class: type[Any], prefix: str = "") -> list[str]:
+    """Dotted keys that are true or false."""
+    types = get_type_hints(config_class)
+    found = []
+    for field in dataclasses.fields(config_class):
+        kind = types[field.name]
+        if kind is bool:
+            found.append(prefix + field.name)
+        elif dataclasses.is_dataclass(kind):
+            found += _switches(kind, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+    return found
 
 
 def _one_line(error: BaseException) -> str:

@@ -40,6 +40,9 @@ class Outer:
     inner: Inner = field(default_factory=Inner)
     """The inner ones."""
 
+    dry_run: bool = False
+    """A switch."""
+
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise ValueError("steps cannot be negative")
@@ -47,6 +50,19 @@ class Outer:
 
 def parse(*words: str) -> Outer:
     return config.parse(Outer, words, "prog")
+
+
+def test_keys_may_have_hyphens_and_switches_need_no_value() -> None:
+    for words in (["--dry-run"], ["--dry_run"], ["--dry-run=true"], ["dry_run=true"], ["--dry-run", "true"]):
+        assert parse(*words) == Outer(dry_run=True), words
+    assert parse("--dry-run", "false") == Outer()
+    assert parse("--dry-run", "--inner.scale", "2") == Outer(dry_run=True, inner=Inner(scale=2.0))
+    assert parse("--name", "a-b") == parse("name=a-b") == Outer(name="a-b")
+    positionals = [("words", {"nargs": "*"})]
+    found, given = config.parse(Outer, ["--dry-run", "red-car", "xxname", "steps-like"], "prog", positionals)
+    assert found.dry_run and given["words"] == ["red-car", "xxname", "steps-like"]
+    with pytest.raises(UserError, match="dry-walk"):
+        parse("--dry-walk")
 
 
 def test_precedence_is_defaults_then_file_then_words(tmp_path: Path) -> None:
