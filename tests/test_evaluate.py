@@ -1,24 +1,28 @@
 """The whole evaluation on towers whose right answer is known, and what it says to wrong input."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from colours import PATCH, pixels, read_json, write_captions, write_pictures, write_run
 from colours import install as install_towers
-from colours import pixels, read_json, write_captions, write_pictures, write_run
 from PIL import Image
 
 from pacl_scale import config
 from pacl_scale.errors import UserError, run_command
 from pacl_scale.evaluate import main
 from pacl_scale.evaluate.captioned import CaptionedConfig, open_captioned
-from pacl_scale.evaluate.command import EvaluateConfig, evaluate, run_of
+from pacl_scale.evaluate.command import EvaluateConfig, evaluate, run_of, table
+from pacl_scale.evaluate.compared import Compared
 from pacl_scale.evaluate.examples import choose
 from pacl_scale.evaluate.pictures import AnnotatedConfig, open_annotated, read_ahead
-from pacl_scale.evaluate.rows import Row, read_rows
+from pacl_scale.evaluate.rows import Row, by_cell, read_rows
+from pacl_scale.report import write_report
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "eval"
 
@@ -74,7 +78,7 @@ def test_rows_tables_and_examples_of_known_towers(colours: Path, capsys: pytest.
     line = next(line for line in printed.splitlines() if line.startswith("pacl"))
     assert line.split()[1] == f"{100 * pacl.scores['miou']:.1f}"
 
-    folder = colours / "pacl" / "evals" / "blocks-whole-examples"
+    (folder,) = (colours / "pacl" / "evals").glob("blocks-whole-*-examples")
     examples = read_json(folder / "examples.json")["examples"]
     assert [example["rank"] for example in examples] == ["best", "median", "worst"]
     assert examples[0]["scores"]["pacl"]["miou"] >= examples[2]["scores"]["pacl"]["miou"]
@@ -126,6 +130,102 @@ def test_untrained_is_the_same_for_a_seed_and_another_for_another(colours: Path)
     assert untrained(0) == untrained(0)
     assert torch.equal(torch.get_rng_state(), state), "the caller's random state is left alone"
     assert any(untrained(0) != untrained(seed) for seed in (1, 2, 3))
+
+
+def test_rows_of_other_settings_are_kept_apart(colours: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = words(colours, "examples=1", "retrieval={}")
+    main([*base, "controls=[]", "protocol.size=16"])
+    # The tower's own size, said or not said, is one measurement; the other control joins its table.
+    main([*base, "controls=[majority_class]"])
+    for other in ("protocol.stride=2", "segmentation.blocks.limit=4", "precision=bf16"):
+        main([*base, "controls=[]", other])
+    write_run(colours / "pacl", right=False, step=9)
+    main([*base, "controls=[]"])
+    rows = read_rows(str(colours / "pacl"))
+    cells = by_cell(rows)
+    assert sorted(len(cell) for cell in cells) == [2, 2, 2, 4]
+    assert len({row.file_name for row in rows}) == len(rows) == 10
+    (large,) = [cell for cell in cells if len(cell) == 4]
+    assert sorted((row.method, row.checkpoint.get("step")) for row in large) == [
+        *(("majority_class", None), ("mean_pooled", 7), ("pacl", 7), ("pacl", 9))
+    ]
+    assert len(list((colours / "pacl" / "evals").glob("*-examples"))) == 5
+    assert {row.protocol["stride"] for cell in cells for row in cell[:1]} == {PATCH, 2}
+    assert table(rows).count("blocks: ") == 4
+
+    page = Path(write_report(str(colours / "r.html"), str(colours / "pacl"), {})).read_text()
+    assert page.count("<h3>Outlines: blocks, ") == 4 and page.count("<h3>Outlines: blocks, 4 of 5 pictures,") == 1
+    assert page.count("patches of 4 every 2") == 1 and page.count("PACL, step 9") >= 1
+    capsys.readouterr()
+
+
+def test_a_row_holds_all_that_its_figure_hangs_on(colours: Path) -> None:
+    main(words(colours, "protocol.window=30", "protocol.size=32", "examples=0"))
+    row, found = (
+        next(r for r in read_rows(str(colours / "pacl")) if r.task == t) for t in ("segmentation", "retrieval")
+    )
+    protocol = {key: row.protocol[key] for key in ("size", "window", "window_step", "stride", "patch_size")}
+    assert protocol == {"size": 32, "window": 32, "window_step": 16, "stride": PATCH, "patch_size": PATCH}
+    assert row.protocol["mean"] == [0.5, 0.5, 0.5] and "bilinear" in row.protocol["filter"]
+    assert row.data["classes"] == [[1, ["red"]], [2, ["green"]], [3, ["blue"]]] and row.data["background"] == 0
+    assert row.data["groups"]["other_words"]["words"] == [[1, ["crimson"]]]
+    assert row.towers["fingerprints"]["vision"] == {"colours": True} and row.towers["precision"] == "float32"
+    assert row.software["torch"].startswith(torch.__version__.split("+")[0])
+    assert len(row.checkpoint["weights"]) == 16 and found.protocol["size"] == 16
+    again = Row(**json.loads(json.dumps(dataclasses.asdict(row))))
+    assert again.cell == row.cell and again.name == row.name, "the same before and after it was written"
+
+
+def test_wrong_settings_of_a_later_data_set_are_found_before_the_first(colours: Path) -> None:
+    shutil.copytree(colours / "data", colours / "other")
+    classes = colours / "other" / "classes.yaml"
+    classes.write_text(classes.read_text() + "score_background: true\n")
+    more = f'--segmentation={{"blocks": {{"root": "{colours / "data"}"}}, "other": {{"root": "{colours / "other"}"}}}}'
+    with pytest.raises(UserError, match="other scores background"):
+        main(words(colours, more))
+    assert not (colours / "pacl" / "evals").exists()
+
+
+def test_an_interrupted_retrieval_goes_on_and_parts_add_up(colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {"texts": CaptionedConfig(str(colours / "captions" / "val.csv"))}
+    runs = {"pacl": str(colours / "pacl"), "mean_pooled": str(colours / "mean_pooled")}
+
+    def measured(output: str, **more: Any) -> list[Row]:
+        output = str(colours / output)
+        settings = EvaluateConfig(methods=runs, retrieval=texts, output=output, batch_size=1, threads=1, **more)
+        return evaluate(settings)
+
+    whole = [row.scores for row in measured("whole")]
+    real, calls = Compared.add, [0]
+
+    def interrupted(self: Compared, phi: Any) -> None:
+        real(self, phi)
+        calls[0] += 1
+        if calls[0] == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Compared, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            measured("cut")
+    kept = sorted((colours / "cut" / "evals" / "progress").rglob("*.f32"))
+    assert len(kept) == 3 and {file.stat().st_size for file in kept} == {2 * 6 * 4}
+    kept[0].write_bytes(kept[0].read_bytes()[:-5])  # the power went in the middle of a line
+    vision = install_towers(monkeypatch)
+    assert [row.scores for row in measured("cut")] == whole and vision.pictures_encoded == 2
+    assert not list((colours / "cut" / "evals").rglob("*.f32"))
+
+    assert measured("shared", part=1, parts=2) == []
+    assert [row.scores for row in measured("shared", part=0, parts=2)] == whole
+
+
+def test_rows_are_written_as_each_data_set_is_done(colours: Path) -> None:
+    shutil.copytree(colours / "captions", colours / "late")
+    (colours / "late" / "images" / "red.png").write_text("no picture")
+    two = {name: {"csv": str(colours / folder / "val.csv")} for name, folder in (("a", "captions"), ("b", "late"))}
+    with pytest.raises(UserError, match="cannot be used"):
+        main(words(colours, f"--retrieval={json.dumps(two)}", "examples=0"))
+    assert {row.data_set for row in read_rows(str(colours / "pacl"))} == {"blocks", "a"}
 
 
 def test_an_output_elsewhere_leaves_the_run_alone(colours: Path) -> None:
@@ -254,6 +354,20 @@ def test_a_damaged_data_set_ends_in_a_sentence_and_no_rows(colours: Path, damage
     with pytest.raises(UserError, match=complaint):
         main(words(colours))
     assert not (colours / "pacl" / "evals").exists()
+
+
+def test_masks_of_one_bit_are_index_masks(colours: Path) -> None:
+    Image.new("1", (32, 48), 1).save(colours / "data" / "masks" / "0.png")
+    assert (open_annotated(AnnotatedConfig(str(colours / "data"))).read(0)[1] == 0).all()
+
+
+def test_a_strip_that_would_fill_the_tower_is_refused(colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (1, 30000)).save(colours / "data" / "images" / "1.png")
+    Image.new("L", (1, 30000), 1).save(colours / "data" / "masks" / "1.png")
+    vision = install_towers(monkeypatch)
+    with pytest.raises(UserError, match=r"^1\.png \(1 x 30000 pixels\) would enter .* 480000 patches at a time"):
+        main(words(colours, "batch_size=1"))
+    assert vision.pictures_encoded < 5
 
 
 def test_pictures_without_a_mask_are_left_out_and_counted(colours: Path) -> None:

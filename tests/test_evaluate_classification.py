@@ -1,8 +1,10 @@
 """Zero-shot classification: each layout with its traps, scores against torchmetrics, going on after an interruption."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import label_sets
 import numpy as np
@@ -85,15 +87,53 @@ def test_layouts_as_they_are_downloaded(
         open_labelled(LabelledConfig(str(root), layout))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("layout", "make"),
+    [
+        ("imagenet", label_sets.imagenet),
+        ("imagenet_a", label_sets.imagenet_a),
+        ("imagenet_r", label_sets.imagenet_r),
+        ("imagenet_sketch", label_sets.synsets),
+        ("objectnet", label_sets.objects),
+        ("cifar100", label_sets.hundred),
+        ("cars", label_sets.cars),
+        ("caltech101", label_sets.caltech),
+        ("flowers", label_sets.flowers),
+        ("stl10", label_sets.stl),
+        ("eurosat", label_sets.satellite),
+    ],
+)
+def test_pictures_have_the_word_of_their_class(
+    place: Path, layout: str, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = place / "data"
+    needs_checksums = layout in ("cifar100", "flowers", "stl10")
+    words = make(root, monkeypatch) if needs_checksums else make(root)
+    data = open_labelled(LabelledConfig(str(root), layout, partial=True))  # type: ignore[arg-type]
+    assert data.record["of"] == KNOWN[layout].pictures and data.templates
+    found: dict[str, set[str]] = {}
+    for number in range(len(data)):
+        picture, label = data.read(number)
+        pixels = np.asarray(picture)[picture.height // 2, picture.width // 2]
+        if pixels.max() > 200:
+            found.setdefault(["red", "green", "blue"][pixels.argmax()], set()).add(data.words[label])
+    assert {word: found[word] for word in words} == {word: {name} for word, name in words.items()}
+    if KNOWN[layout].by_folder:
+        folder = next(path.parent for path in root.rglob("*") if path.suffix in (".jpg", ".JPEG"))
+        shutil.rmtree(next(path for path in folder.parent.iterdir() if path.name[0] not in "AB"))
+        with pytest.raises(UserError, match=f"{layout} has .* classes, but .* leads to"):
+            open_labelled(LabelledConfig(str(root), layout, partial=True))  # type: ignore[arg-type]
+
+
 def test_imagenet_v2_folders_are_numbers(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from clip_benchmark.datasets import imagenetv2
 
     root = label_sets.second_imagenet(place / "data")
-    config = LabelledConfig(str(root), "imagenet_v2", partial=True)
+    monkeypatch.setattr(imagenetv2.requests, "get", lambda *words, **_: pytest.fail("a download"))
     with pytest.raises(UserError, match="leads to 3"):
-        open_labelled(config)
-    monkeypatch.setattr(imagenetv2, "V2_DATASET_SIZE", 3)
-    data = open_labelled(config)
+        open_labelled(LabelledConfig(str(root), "imagenet_v2"))
+    data = open_labelled(LabelledConfig(str(root), "imagenet_v2", partial=True))
+    assert data.record["of"] == 10000 == imagenetv2.V2_DATASET_SIZE
     assert len(data.words) == 1000
     assert [data.read(n)[1] for n in range(3)] == [0, 10, 2]
 
@@ -192,5 +232,6 @@ def test_check_data_reads_everything(place: Path, capsys: pytest.CaptureFixture[
     assert "colours: 6 of 6 pictures read, 3 classes, none absent" in capsys.readouterr().out
     Image.new("RGB", (4, 4)).save(root / "blue" / "9.png")
     (root / "blue" / "9.png").write_bytes((root / "blue" / "9.png").read_bytes()[:40])
-    with pytest.raises(UserError, match="picture 2"):
-        main([f'--classification={{"colours": {{"root": "{root}"}}}}', "check_data=true"])
+    with pytest.raises(UserError, match="1 of 1 data sets"):
+        main([f'--classification={{"colours": {{"root": "{root}"}}}}', "--check-data"])
+    assert "6 of 7 pictures read" in (printed := capsys.readouterr().out) and "picture 2 of folder" in printed

@@ -1,6 +1,7 @@
 """Boundary IoU, patch accuracy, confidence intervals, and counts that survive interruption and division."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from colours import install as install_towers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from PIL import Image
 
 from pacl_scale.errors import UserError
 from pacl_scale.evaluate import progress as progress_module
@@ -18,10 +20,11 @@ from pacl_scale.evaluate.boundaries import band, boundary_counts, boundary_iou
 from pacl_scale.evaluate.classes import NOT_SCORED, ClassList
 from pacl_scale.evaluate.command import EvaluateConfig, evaluate
 from pacl_scale.evaluate.counts import Confusion
-from pacl_scale.evaluate.intervals import intervals
+from pacl_scale.evaluate.intervals import intervals, mean_per_class_interval
 from pacl_scale.evaluate.labels import Lattice
 from pacl_scale.evaluate.pictures import AnnotatedConfig
 from pacl_scale.evaluate.progress import Progress
+from pacl_scale.evaluate.protocol import Protocol
 from pacl_scale.evaluate.rows import Row
 from pacl_scale.evaluate.segmentation import oracle_labels
 from pacl_scale.evaluate.tallies import PictureCounts, Tally, majority, scores_of, sparse
@@ -85,6 +88,13 @@ def test_intervals_are_those_of_a_loop_over_draws() -> None:
     np.testing.assert_allclose(found["miou_per_picture"], np.percentile(means, [2.5, 97.5]), atol=0.015)
     assert found["miou"][0] < naive_miou(counts) < found["miou"][1]
     assert found == intervals(counts, mious, draws=2000)
+    # Counts along outlines are scored as all counts are, and patches as pixels of one class are.
+    both = intervals(counts, bands_P3C=counts[:, :, :2], patches_P2=counts[:, :2, 0], draws=2000)
+    alone = intervals(counts[:, :, :2], draws=2000)
+    assert both["boundary_iou"] == alone["miou"]
+    shares = [counts[drawn, 0, 0].sum() / counts[drawn, 1, 0].sum() for drawn in random.integers(0, 20, (2000, 20))]
+    np.testing.assert_allclose(both["patch_accuracy"], np.percentile(shares, [2.5, 97.5]), atol=0.015)
+    assert mean_per_class_interval(np.array([5, 0]), np.array([5, 5]))[0] == pytest.approx(0.5, abs=0.001)
     same = intervals(np.repeat(counts[:1], 9, axis=0), np.repeat(mious[:1], 9))
     assert same["pixel_accuracy"] == pytest.approx([hits[0].sum() / truth[0].sum()] * 2)
     assert intervals(counts[:0], mious[:0])["miou"] is None
@@ -98,7 +108,12 @@ def test_a_tally_of_pictures_gives_the_scores_of_their_sum() -> None:
         matrix = Confusion(random.integers(0, 9, (4, 4)))
         total = total + matrix
         tally.pictures[f"{number}"] = PictureCounts({"": sparse(matrix)}, patches=[number, 10])
+    expected = [
+        [np.diag(m.counts_CC), m.truth_C, m.predicted_C] for m in (c.matrix(4) for c in tally.pictures.values())
+    ]
+    np.testing.assert_array_equal(tally.sums(4), expected)
     scores = scores_of(tally, classes, 4)
+    assert scores["foreground"]["intervals"]["miou"][0] <= scores["foreground"]["miou"]
     assert scores["miou"] == total.miou() and scores["foreground"]["miou"] == total.miou([0, 1, 2])
     assert scores["patch_accuracy"] == 10 / 50 and scores["boundary_iou"] is None
     assert scores["per_class"][3]["word"] == "background" and scores["per_class"][3]["pictures"] == 5
@@ -149,6 +164,30 @@ def test_patch_accuracy_is_that_of_the_patches(blocks: Path) -> None:
     assert rows["pacl"].data["layout"] == "folder" and rows["pacl"].data["void"] == 255
 
 
+def test_patch_accuracy_knows_no_windows_and_no_background(blocks: Path) -> None:
+    Image.new("RGB", (32, 32), (255, 0, 0)).save(blocks / "data" / "images" / "0.png")
+    Image.new("L", (32, 32), 1).save(blocks / "data" / "masks" / "0.png")
+    windows = rows_of(blocks, "out", protocol=Protocol(window=32, size=32), controls=[])[0]
+    assert windows.scores["patch_accuracy"] is None, "not that of the square pictures that fit into one window"
+    # "red" wins as a word for the background too, where it does so on pixels, and there alone.
+    rule = Protocol(background="words", background_words=["red"], background_where="always", templates="none")
+    row = rows_of(blocks, "out", protocol=rule, controls=[])[0]
+    assert row.scores["patch_accuracy"] == 1
+
+
+def test_another_part_may_forget_in_the_middle(blocks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rows_of(blocks, "out", part=0, parts=2) == []
+    real = Path.read_bytes
+
+    def gone(self: Path) -> bytes:
+        if self.name == "0of2.jsonl":
+            self.unlink(missing_ok=True)
+        return real(self)
+
+    monkeypatch.setattr(Path, "read_bytes", gone)
+    assert rows_of(blocks, "out", part=1, parts=2) == [], "the one that forgot has written the rows"
+
+
 def test_an_interrupted_evaluation_goes_on_at_the_next_picture(blocks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vision = install_towers(monkeypatch)
     whole = figures(rows_of(blocks, "whole"))
@@ -177,8 +216,11 @@ def test_an_interrupted_evaluation_goes_on_at_the_next_picture(blocks: Path, mon
 def test_other_settings_do_not_find_the_counts(blocks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Progress, "forget", lambda self: None)
     first = figures(rows_of(blocks, "out"))
-    write_run(blocks / "run", right=False, step=8)
     again = install_towers(monkeypatch)
+    assert figures(rows_of(blocks, "out")) == first and again.pictures_encoded == 0
+    # Other weights at the same place and step, as after a training that was done anew.
+    shutil.rmtree(blocks / "run" / "checkpoints")
+    write_run(blocks / "run", right=False)
     assert figures(rows_of(blocks, "out")) != first
     assert again.pictures_encoded == 7
 

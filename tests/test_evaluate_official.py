@@ -62,6 +62,17 @@ def context_original(root: Path) -> None:
 def coco(root: Path) -> None:
     picture(root / "val2017" / "1.jpg")
     mask(root / "stuffthingmaps_trainval2017" / "val2017" / "1.png", [0, 12, 89, 91, 181, 255])
+    # The training half beside it is not asked for.
+    picture(root / "train2017" / "2.jpg")
+    mask(root / "stuffthingmaps_trainval2017" / "train2017" / "2.png", [11] * 6)
+
+
+def coco_of_mmsegmentation(root: Path) -> None:
+    """Its folders, where its converted masks of 0 to 170 lie among the original ones."""
+    for name in ("000000000139", "000000000285"):
+        picture(root / "images" / "val2017" / f"{name}.jpg")
+        mask(root / "annotations" / "val2017" / f"{name}.png", [0, 12, 89, 91, 181, 255])
+        mask(root / "annotations" / "val2017" / f"{name}_labelTrainIds.png", [0, 11, 79, 80, 170, 255])
 
 
 def ade(root: Path) -> None:
@@ -89,6 +100,7 @@ COPIES = [
     ("context_60", context_original, 1, [0, 1, 58, 59, 59, 50]),
     ("coco_stuff_171", coco, 1, [0, 11, 79, 80, 170, OUT]),
     ("coco_object", coco, 1, [0, 11, 79, 80, 80, OUT]),
+    ("coco_stuff_171", coco_of_mmsegmentation, 2, [0, 11, 79, 80, 170, OUT]),
     ("ade_150", ade, 1, [OUT, 0, 1, 149, OUT, 0]),
     ("cityscapes_19", cityscapes, 2, [OUT, 0, 18, OUT, 1, OUT]),
 ]
@@ -150,15 +162,38 @@ def test_archives_are_read_as_downloaded(tmp_path: Path, layout: str, write) -> 
         np.testing.assert_array_equal(opened(layout, packed / f"{name[layout]}.zip").read(0)[1], expected)
 
 
+def test_context_is_read_from_the_archives_of_its_two_sources(tmp_path: Path) -> None:
+    context_original(tmp_path / "there")
+    (tmp_path / "packed").mkdir()
+    for name, kind, inside in (
+        ("VOCtrainval_03-May-2010", "tar", "VOCdevkit"),
+        ("trainval", "gztar", "trainval"),
+    ):
+        shutil.make_archive(str(tmp_path / "packed" / name), kind, tmp_path / "there", inside)
+    data = opened("context_59", tmp_path / "packed")
+    assert data.record["masks"] == "trainval.tar.gz/trainval" and data.name(0) == "a.jpg"
+    np.testing.assert_array_equal(data.read(0)[1], [[0, 1, 58, OUT, OUT, 50]])
+    shutil.copytree(tmp_path / "there" / "trainval", tmp_path / "packed" / "trainval")
+    assert opened("context_59", tmp_path / "packed").record["masks"] == "trainval", "what is unpacked is read first"
+
+
 def test_a_url_is_read_like_a_folder(tmp_path: Path) -> None:
     ade(tmp_path)
     store = fsspec.filesystem("memory")
     for path in tmp_path.rglob("*.*"):
         store.pipe_file(f"/bucket/{path.relative_to(tmp_path)}", path.read_bytes())
-    np.testing.assert_array_equal(opened("ade_150", "memory://bucket").read(0)[1], [[OUT, 0, 1, 149, OUT, 0]])
+    packed = shutil.make_archive(str(tmp_path / "ADEChallengeData2016"), "zip", tmp_path, "ADEChallengeData2016")
+    store.pipe_file("/zipped/ADEChallengeData2016.zip", Path(packed).read_bytes())
+    for root in ("memory://bucket", "memory://zipped", "memory://zipped/ADEChallengeData2016.zip"):
+        np.testing.assert_array_equal(opened("ade_150", root).read(0)[1], [[OUT, 0, 1, 149, OUT, 0]])
 
 
 def test_a_damaged_archive_ends_in_a_sentence(tmp_path: Path) -> None:
+    context_original(tmp_path / "context")
+    shutil.rmtree(tmp_path / "context" / "trainval")
+    (tmp_path / "context" / "trainval.tar.gz").write_bytes(b"half of it")
+    with pytest.raises(UserError, match=r"trainval\.tar\.gz cannot be opened as an archive"):
+        opened("context_59", tmp_path / "context")
     (tmp_path / "ADEChallengeData2016.zip").write_bytes(b"PK half of it")
     with pytest.raises(UserError, match="cannot be opened as an archive"):
         opened("ade_150", tmp_path)
@@ -199,10 +234,13 @@ def test_check_data_counts_and_verifies(tmp_path: Path, capsys: pytest.CaptureFi
     assert found.pictures_C.tolist() == [2, 2, *[0] * 16, 2] and found.absent[0] == "building"
     words = [
         f'--segmentation={{"city": {{"root": "{tmp_path}", "layout": "cityscapes_19", "partial": true}}}}',
-        "check_data=true",
+        "--check-data",
     ]
     assert run_command(lambda: main(words)) == 0
     assert "city: 2 of 500 pictures read, 19 classes; no picture shows building, wall" in capsys.readouterr().out
     (tmp_path / "gtFine" / "val" / "ulm" / "ulm_0_gtFine_labelIds.png").write_bytes(b"cut")
+    lines(tmp_path / "gtFine" / "val" / "frankfurt" / "frankfurt_0_gtFine_labelIds.png", "cut too")
     assert run_command(lambda: main(words)) == 2
-    assert "ulm_0_gtFine_labelIds.png is not a picture" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "city: 0 of 500 pictures read" in printed.out and printed.out.count("labelIds.png is not a picture") == 2
+    assert "1 of 1 data sets cannot be used" in printed.err

@@ -118,6 +118,8 @@ def test_void_background_and_classes_become_positions() -> None:
     np.testing.assert_array_equal(classes.positions(mask, "m.png"), [[NOT_SCORED, 0], [1, NOT_SCORED]])
     with pytest.raises(UserError, match=r"m\.png.*\[2\]"):
         classes.positions(np.array([[2]], np.uint8), "m.png")
+    with pytest.raises(UserError, match="indices from -1 to 2147483647"):
+        classes.positions(np.array([[-1, 2**31 - 1]], np.int32), "m.png")
     wide = ClassList(words={1: "a", 458: "b"}, void=None)
     np.testing.assert_array_equal(wide.positions(np.array([[458, 1]], np.int32), "m.png"), [[1, 0]])
 
@@ -151,7 +153,10 @@ groups:
     assert classes.synonyms() == [["boat"], ["cat", "kitten"], ["car"]]
     assert classes.synonyms("unseen_words") == [["ship"], ["cat", "kitten"], ["car"]]
     assert classes.members("kinds") == [0, 2]
-    for broken in (b"words: [", b"[1]", b"", b"words: {1: a, 2: b}\nshade: red"):
+    for broken in (
+        *(b"words: [", b"[1]", b"", b"words: {1: a, 2: b}\nshade: red", b"words: {x: a, y: b}", b"words: [a, b]"),
+        *(b"words: {1: a, 2: b}\nvoid: x", b"words: {1: a, 2: yes}", b"words: {1: a, 2: b}\ngroups: {g: {classes: 1}}"),
+    ):
         with pytest.raises(UserError, match=r"c\.yaml is no class list"):
             read_class_list(broken, "c.yaml")
 

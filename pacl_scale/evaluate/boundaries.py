@@ -7,6 +7,7 @@ scored, or lies outside the picture; ``d`` is a share of the diagonal.
 import numpy as np
 
 from pacl_scale.evaluate.classes import NOT_SCORED
+from pacl_scale.evaluate.counts import iou_of
 
 
 def boundary_counts(truth_HW: np.ndarray, predicted_HW: np.ndarray, classes: int, share: float) -> np.ndarray:
@@ -38,9 +39,7 @@ def band(labels_HW: np.ndarray, distance: int) -> np.ndarray:
 
 def boundary_iou(counts_3C: np.ndarray) -> np.ndarray:
     """Boundary IoU of each class, float64; NaN for classes without a band in the truth."""
-    both_C, truth_C, predicted_C = counts_3C
-    union_C = truth_C + predicted_C - both_C
-    return np.divide(both_C, union_C, out=np.full(len(both_C), np.nan), where=truth_C > 0)
+    return iou_of(*counts_3C)
 
 
 def _sums(differs_HW: np.ndarray, rows: int, columns: int) -> np.ndarray:

@@ -25,6 +25,9 @@ class ClassGroup:
     """Other words for some of these classes (boat asked for as "ship"); the rest keep their own."""
 
     def __post_init__(self) -> None:
+        _check_words("a group's words", self.words)
+        if not isinstance(self.classes, list) or not all(isinstance(index, int) for index in self.classes):
+            raise ValueError("the classes of a group are a list of mask indices")
         if not self.classes:
             raise ValueError("a group of classes needs at least one class")
         if strangers := sorted(set(self.words) - set(self.classes)):
@@ -52,10 +55,13 @@ class ClassList:
     """Named subsets of the classes that get scores of their own."""
 
     def __post_init__(self) -> None:
+        _check_words("words", self.words)
         if len(self.words) < 2:
             raise ValueError("a class list needs at least two classes")
         for special in ("void", "background"):
             for index in _as_list(getattr(self, special)):
+                if not isinstance(index, int):
+                    raise ValueError(f"{special} has {index!r}, which is no mask index")
                 if index in self.words:
                     raise ValueError(f"the {special} index {index} is also a class")
         if self.score_background and not _as_list(self.background):
@@ -91,6 +97,19 @@ class ClassList:
         words = self.words | (self.groups[word_set].words if word_set is not None else {})
         return [_as_list(words[index]) for index in self.indices]
 
+    def record(self) -> dict[str, Any]:
+        """The list for the rows: each class's mask index and words, special values, groups."""
+        return {
+            "classes": [[index, words] for index, words in zip(self.indices, self.synonyms(), strict=True)],
+            "void": self.void,
+            "background": self.background,
+            "score_background": self.score_background,
+            "groups": {
+                name: {"classes": sorted(group.classes), "words": [[i, _as_list(w)] for i, w in group.words.items()]}
+                for name, group in self.groups.items()
+            },
+        }
+
     @property
     def background_position(self) -> int:
         """Position of background in tables of scores: after the last class."""
@@ -101,15 +120,17 @@ class ClassList:
         return [self.indices.index(index) for index in sorted(set(self.groups[group].classes))]
 
     def positions(self, mask_HW: np.ndarray, name: str) -> np.ndarray:
-        """Mask indices (H, W) to positions (H, W) int64, :data:`NOT_SCORED` where a pixel does not count.
+        """Mask indices (H, W) to positions (H, W) int16, :data:`NOT_SCORED` where a pixel does not count.
 
         Scored background is :attr:`background_position`.
 
         Raises:
             UserError: the mask has an index that the class list does not explain.
         """
-        size = max(65536 if mask_HW.dtype.itemsize > 1 else 256, int(mask_HW.max(initial=0)) + 1)
-        table = np.full(size, _UNKNOWN, np.int64)
+        size = 65536 if mask_HW.dtype.itemsize > 1 else 256
+        if mask_HW.min(initial=0) < 0 or mask_HW.max(initial=0) >= size:
+            raise UserError(f"{name}: the mask has indices from {mask_HW.min()} to {mask_HW.max()}")
+        table = np.full(size, _UNKNOWN, np.int16)
         table[[index for index in _as_list(self.void) if index < size]] = NOT_SCORED
         background = self.background_position if self.score_background else NOT_SCORED
         table[[index for index in _as_list(self.background) if index < size]] = background
@@ -121,6 +142,18 @@ class ClassList:
             strangers = sorted({int(value) for value in mask_HW[positions_HW == _UNKNOWN]})
             raise UserError(f"{name}: the mask has the indices {strangers[:8]}, which the class list does not name")
         return positions_HW
+
+
+def _check_words(key: str, words: Any) -> None:
+    """Refuse what YAML lets through: indices that are no whole numbers, words that are no text."""
+    if not isinstance(words, dict):
+        raise ValueError(f"{key} must say a word for each mask index")
+    for index, alike in words.items():
+        if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+            raise ValueError(f"{key} has {index!r}, which is no mask index")
+        # "no" and "on" are words that YAML takes for something else.
+        if not all(isinstance(word, str) for word in _as_list(alike)):
+            raise ValueError(f"{key}: class {index} is no word ({alike!r}); put it in quotes")
 
 
 def read_class_list(content: bytes, name: str) -> ClassList:

@@ -15,13 +15,13 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 
 from pacl_scale import log
 from pacl_scale.encoders import Preprocess, prompt_ensemble
-from pacl_scale.evaluate.intervals import DRAWS, LEVEL, SEED
+from pacl_scale.evaluate.intervals import DRAWS, LEVEL, mean_per_class_interval, share_interval
 from pacl_scale.evaluate.labelled import LabelledConfig, LabelledPictures, templates_of
 from pacl_scale.evaluate.methods import MAJORITY, MASKCLIP, VALUE_PATH, Method, Towers
 from pacl_scale.evaluate.pictures import read_ahead
 from pacl_scale.evaluate.progress import Progress
 from pacl_scale.evaluate.protocol import TEMPLATES, normalised
-from pacl_scale.evaluate.rows import Row
+from pacl_scale.evaluate.rows import Row, checkpoint_of, digest, towers_of
 
 ANSWERS = 5
 """Best answers kept of each picture, for top-1 and top-5."""
@@ -33,6 +33,9 @@ CLASSES_AT_ONCE = 64
 
 LARGEST_CONFUSION = 200
 """Classes up to which a row holds the confusion matrix."""
+
+MOST_CONFUSED = 20
+"""Pairs of true word and wrong answer that a row names."""
 
 
 @dataclass
@@ -50,12 +53,20 @@ def protocol_of(data: LabelledPictures, config: LabelledConfig, preprocess: Prep
         "name": "classification",
         "resize": preprocess.resize,
         "size": preprocess.image_size,
+        "filter": f"{preprocess.interpolation}, antialiased, by torchvision on Pillow pictures",
+        "mean": list(preprocess.mean),
+        "std": list(preprocess.std),
         "templates": list(templates_of(data, config.templates, TEMPLATES)),
         "template_set": config.templates,
         "word_vector": "normalised mean of its normalised prompts",
         "score": "phi of the picture with the class vector; of clip the cosine of its head",
         "ties": "the class first in the list",
     }
+
+
+def data_of(data: LabelledPictures) -> dict[str, Any]:
+    """What is measured on, for the row."""
+    return data.record | {"words": data.words, "numbers": digest(data.numbers)}
 
 
 @torch.no_grad()
@@ -98,7 +109,9 @@ def evaluate_classification(
     if finished is None:
         return []
     answers = {method.name: {picture: found[method.name] for picture, found in finished.items()} for method in methods}
-    checkpoints: dict[str, dict[str, Any]] = {method.name: method.checkpoint | method.compares_by for method in methods}
+    checkpoints: dict[str, dict[str, Any]] = {
+        method.name: checkpoint_of(method) | method.compares_by for method in methods
+    }
     if MAJORITY in controls and answers:
         answers[MAJORITY], word = _majority(next(iter(answers.values())), data.words)
         checkpoints[MAJORITY] = {"answer": word}
@@ -113,11 +126,11 @@ def evaluate_classification(
                 protocol=protocol,
                 method=method_name,
                 checkpoint=checkpoints[method_name],
-                towers=towers.config,
+                towers=towers_of(towers),
                 pictures=len(data),
                 scores=scores,
                 confusion=confusion,
-                data=data.record,
+                data=data_of(data),
                 seconds=seconds,
             )
         )
@@ -135,7 +148,7 @@ def scores_of(answers: dict[str, Answers], words: Sequence[str]) -> tuple[dict[s
 
     Returns:
         ``top1``, ``top5`` (None below six classes, where it says little), ``mean_per_class`` over the classes present,
-        ``intervals`` (bootstrap over pictures), ``per_class``.
+        ``intervals`` (bootstrap over pictures), ``per_class``, ``most_confused`` (true word, answer, pictures).
     """
     every = [answers[name] for name in sorted(answers)]
     true_P = np.array([answer.true for answer in every])
@@ -149,22 +162,35 @@ def scores_of(answers: dict[str, Answers], words: Sequence[str]) -> tuple[dict[s
     present_C = pictures_C > 0
     accuracy_C = np.divide(hits_C, pictures_C, out=np.zeros(len(words)), where=present_C)
     enough = len(words) > ANSWERS
-    scores = {
+    scores: dict[str, Any] = {
         "top1": float(right_P.mean()),
         "top5": float(among_P.mean()) if enough else None,
         "mean_per_class": float(accuracy_C[present_C].mean()),
         "classes": len(words),
         "classes_present": int(present_C.sum()),
-        "intervals": {"top1": _interval(right_P)} | ({"top5": _interval(among_P)} if enough else {}),
+        "intervals": {
+            "level": LEVEL,
+            "draws": DRAWS,
+            "top1": share_interval(right_P),
+            "mean_per_class": mean_per_class_interval(hits_C, pictures_C),
+        }
+        | ({"top5": share_interval(among_P)} if enough else {}),
         "per_class": [
             {"word": word, "accuracy": float(accuracy_C[c]) if present_C[c] else None, "pictures": int(pictures_C[c])}
             for c, word in enumerate(words)
         ],
     }
-    if len(words) > LARGEST_CONFUSION:
-        return scores, None
-    cells = np.bincount(true_P * len(words) + said_PK[:, 0], minlength=len(words) ** 2)
-    return scores, cells.reshape(len(words), len(words)).tolist()
+    cells_CC = np.bincount(true_P * len(words) + said_PK[:, 0], minlength=len(words) ** 2).reshape(len(words), -1)
+    scores["most_confused"] = _most_confused(cells_CC, words)
+    return scores, cells_CC.tolist() if len(words) <= LARGEST_CONFUSION else None
+
+
+def _most_confused(cells_CC: np.ndarray, words: Sequence[str]) -> list[tuple[str, str, int]]:
+    """The largest errors: true word, answer, and pictures; on a tie in the order of the list."""
+    wrong_CC = cells_CC - np.diag(np.diag(cells_CC))
+    order = np.argsort(-wrong_CC, axis=None, kind="stable")[:MOST_CONFUSED]
+    pairs = [divmod(int(place), len(words)) for place in order]
+    return [(words[true], words[said], int(wrong_CC[true, said])) for true, said in pairs if wrong_CC[true, said]]
 
 
 def _answer(
@@ -214,10 +240,3 @@ def _majority(answers: dict[str, Answers], words: Sequence[str]) -> tuple[dict[s
     counts_C = np.bincount([answer.true for answer in answers.values()], minlength=len(words))
     order = np.argsort(-counts_C, kind="stable")[:ANSWERS].tolist()
     return {name: Answers(answer.true, order) for name, answer in answers.items()}, words[order[0]]
-
-
-def _interval(right_P: np.ndarray) -> list[float]:
-    """The middle 95 % of the share in bootstrap draws of as many pictures: binomial, as pictures are alike or not."""
-    shares = np.random.default_rng(SEED).binomial(len(right_P), right_P.mean(), DRAWS) / len(right_P)
-    tail = 100 * (1 - LEVEL) / 2
-    return [float(end) for end in np.percentile(shares, [tail, 100 - tail])]

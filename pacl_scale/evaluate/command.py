@@ -1,6 +1,5 @@
 """The command: configuration in, rows and examples in the run directory and a table on the terminal out."""
 
-import dataclasses
 import os
 import posixpath
 from collections.abc import Sequence
@@ -11,8 +10,9 @@ import torch
 
 from pacl_scale import config, log, storage
 from pacl_scale.errors import UserError
-from pacl_scale.evaluate.captioned import CaptionedConfig, open_captioned
-from pacl_scale.evaluate.classification import Answers, evaluate_classification, protocol_of
+from pacl_scale.evaluate.captioned import CaptionedConfig, CaptionedPictures, open_captioned
+from pacl_scale.evaluate.checks import checked
+from pacl_scale.evaluate.classification import Answers, data_of, evaluate_classification, protocol_of
 from pacl_scale.evaluate.examples import write_examples
 from pacl_scale.evaluate.labelled import LabelledConfig, LabelledPictures, open_labelled
 from pacl_scale.evaluate.methods import (
@@ -26,12 +26,14 @@ from pacl_scale.evaluate.methods import (
     choose_device,
     load_methods,
 )
-from pacl_scale.evaluate.pictures import AnnotatedConfig, AnnotatedPictures, check_data, open_annotated, read_ahead
-from pacl_scale.evaluate.progress import Progress
+from pacl_scale.evaluate.pictures import AnnotatedConfig, AnnotatedPictures, open_annotated
+from pacl_scale.evaluate.progress import Progress, folder_for, forget
 from pacl_scale.evaluate.protocol import Protocol
-from pacl_scale.evaluate.retrieval import evaluate_retrieval
-from pacl_scale.evaluate.rows import Row, write_row
-from pacl_scale.evaluate.segmentation import evaluate_segmentation
+from pacl_scale.evaluate.retrieval import data_of as captions_of
+from pacl_scale.evaluate.retrieval import evaluate_retrieval, retrieval_protocol
+from pacl_scale.evaluate.rows import VERSION, Row, by_cell, checkpoint_of, towers_of, write_row
+from pacl_scale.evaluate.segmentation import check_segmentation, evaluate_segmentation
+from pacl_scale.evaluate.views import recorded
 
 PROG = "python -m pacl_scale.evaluate"
 
@@ -68,13 +70,13 @@ class EvaluateConfig:
     """Name to labelled pictures."""
 
     check_data: bool = False
-    """Measure nothing: read every picture of the annotated and labelled data sets, count, and say what is wrong."""
+    """Measure nothing: read every file of every data set, count, and list what is wrong."""
 
     part: int = 0
     """Number of this process, from 0, where several share the data sets; e.g. `part=$SLURM_ARRAY_TASK_ID`."""
 
     parts: int = 1
-    """So many processes share each segmentation data set; the one that finishes last writes the rows."""
+    """So many processes share each data set; the one that finishes last writes the rows."""
 
     protocol: Protocol = field(default_factory=Protocol)
     """How segmentation is measured; part of every row."""
@@ -112,8 +114,6 @@ class EvaluateConfig:
             raise ValueError(f"two tasks have a data set {both[0]!r}; results of one name would overwrite each other")
         if not 0 <= self.part < self.parts:
             raise ValueError("part counts from 0 and must be below parts")
-        if self.parts > 1 and self.retrieval:
-            raise ValueError("retrieval compares all pictures with all texts, so it cannot be shared among parts")
         if self.batch_size < 1 or self.examples < 0 or self.threads < 0:
             raise ValueError("batch_size must be at least 1, examples and threads not negative")
 
@@ -128,10 +128,10 @@ def run(argv: Sequence[str] | None) -> int:
         )
     log.configure()
     if settings.check_data:
-        for name, data in settings.segmentation.items():
-            print(_checked(name, data))
-        for name, labelled in settings.classification.items():
-            print(_checked_labels(name, labelled))
+        sentences, wrong = checked(settings.segmentation, settings.classification, settings.retrieval)
+        print("\n".join(sentences))
+        if wrong:
+            raise UserError(f"{wrong} of {len(sentences)} data sets cannot be used as they are; see above")
         return 0
     rows = evaluate(settings)
     print(table(rows) if rows else f"part {settings.part} of {settings.parts} is done; the last part writes the rows")
@@ -157,6 +157,9 @@ def evaluate(settings: EvaluateConfig) -> list[Row]:
     towers, methods = load_methods(checkpoints, seed, device, dtype, beside)
     output = settings.output or run_of(checkpoints[main])
     storage.check_writable(output)
+    # Before hours are spent on the first data set, not after.
+    for name, data in annotated.items():
+        check_segmentation(name, data.classes, towers, settings.protocol)
 
     rows: list[Row] = []
     for name, data in annotated.items():
@@ -174,10 +177,7 @@ def evaluate(settings: EvaluateConfig) -> list[Row]:
     for name, pictures in labelled.items():
         rows += _classify(output, name, pictures, towers, methods, settings)
     for name, captions in captioned.items():
-        rows += evaluate_retrieval(name, captions, towers, methods, settings.batch_size)
-    for row in rows:
-        if row.task == "retrieval":
-            write_row(output, row)
+        rows += _retrieve(output, name, captions, towers, methods, settings)
     return rows
 
 
@@ -192,7 +192,7 @@ def _classify(
     """Measure and write one data set of labelled pictures."""
     asked = settings.classification[name]
     depends_on = {
-        "labelled": [name, data.record, data.numbers, data.words],
+        "labelled": [name, data_of(data)],
         "protocol": protocol_of(data, asked, towers.vision.preprocess),
     } | _models(towers, methods)
     progress = Progress.open(output, depends_on, settings.part, settings.parts, Answers)
@@ -203,6 +203,29 @@ def _classify(
         write_row(output, row)
     if found:
         progress.forget()
+    return found
+
+
+def _retrieve(
+    output: str,
+    name: str,
+    data: CaptionedPictures,
+    towers: Towers,
+    methods: Sequence[Method],
+    settings: EvaluateConfig,
+) -> list[Row]:
+    """Measure and write one data set of captioned pictures."""
+    depends_on = {
+        "captioned": [name, captions_of(data), data.addresses],
+        "protocol": retrieval_protocol(towers.vision.preprocess),
+    } | _models(towers, methods)
+    folder = folder_for(output, depends_on, settings.parts)
+    parts = (settings.part, settings.parts)
+    found = evaluate_retrieval(name, data, towers, methods, settings.batch_size, folder, *parts)
+    for row in found:
+        write_row(output, row)
+    if found and folder:
+        forget(folder)
     return found
 
 
@@ -218,8 +241,8 @@ def _progress(
     depends_on = {
         "data_set": name,
         "pairs": data.pairs,
-        "classes": dataclasses.asdict(data.classes),
-        "protocol": settings.protocol.record(),
+        "classes": data.classes.record(),
+        "protocol": recorded(settings.protocol, towers.vision),
         "controls": list(settings.controls),
     } | _models(towers, methods)
     return Progress.open(output, depends_on, settings.part, settings.parts)
@@ -228,29 +251,10 @@ def _progress(
 def _models(towers: Towers, methods: Sequence[Method]) -> dict[str, Any]:
     """What identifies towers and methods."""
     return {
-        "towers": towers.config,
-        "fingerprints": [towers.vision.fingerprint(), towers.text.fingerprint()],
-        "methods": {method.name: method.checkpoint for method in methods},
+        "version": VERSION,
+        "towers": towers_of(towers),
+        "methods": {method.name: checkpoint_of(method) for method in methods},
     }
-
-
-def _checked(name: str, config: AnnotatedConfig) -> str:
-    """A sentence on a data set whose every file was read."""
-    data = open_annotated(config)
-    found = check_data(data, len(os.sched_getaffinity(0)))
-    absent = f"; no picture shows {', '.join(found.absent)}" if found.absent else "; every class occurs"
-    return (
-        f"{name}: {found.pictures} of {found.expected} pictures read, {len(found.words)} classes{absent}; "
-        f"{100 * found.void / max(1, found.pixels):.1f} % of the pixels are not scored"
-    )
-
-
-def _checked_labels(name: str, config: LabelledConfig) -> str:
-    """A sentence on labelled pictures, every one of which was read."""
-    data = open_labelled(config)
-    labels = {label for _, label in read_ahead(range(len(data)), data.read, len(os.sched_getaffinity(0)))}
-    absent = len(data.words) - len(labels) or "none"
-    return f"{name}: {len(data)} of {data.record['of']} pictures read, {len(data.words)} classes, {absent} absent"
 
 
 def run_of(path: str) -> str:
@@ -263,14 +267,14 @@ def run_of(path: str) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as text, one block a data set."""
+    """The rows as text, one block a data set and protocol."""
     blocks = []
-    for data_set in dict.fromkeys(row.data_set for row in rows):
-        own = [row for row in rows if row.data_set == data_set]
+    for own in by_cell(rows):
         lines = [["method", *columns(own[0])]] + [[row.method, *map(_cell, columns(row).values())] for row in own]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         texts = ["  ".join(_aligned(line, widths)) for line in lines]
-        head = f"{data_set}: {own[0].pictures} pictures, protocol {own[0].protocol['name']}, {own[0].seconds:.0f} s"
+        first = own[0]
+        head = f"{first.data_set}: {first.pictures} pictures, protocol {first.protocol['name']}, {first.seconds:.0f} s"
         blocks.append("\n".join([head, texts[0], "-" * len(texts[0]), *texts[1:]]))
     return "\n\n".join(blocks)
 

@@ -51,9 +51,7 @@ class Confusion:
 
     def iou_C(self) -> np.ndarray:
         """Intersection over union of each class, float64; NaN for classes that the ground truth lacks."""
-        hits_C = np.diag(self.counts_CC)
-        union_C = self.truth_C + self.predicted_C - hits_C
-        return np.divide(hits_C, union_C, out=np.full(len(hits_C), np.nan), where=self.truth_C > 0)
+        return iou_of(np.diag(self.counts_CC), self.truth_C, self.predicted_C)
 
     def accuracy_C(self) -> np.ndarray:
         """Share of each class's true pixels that were found, float64; NaN for absent classes."""
@@ -85,6 +83,12 @@ class Confusion:
             "classes": len(rows),
             "pixels": int(self.truth_C[rows].sum()),
         }
+
+
+def iou_of(hits_C: np.ndarray, truth_C: np.ndarray, predicted_C: np.ndarray) -> np.ndarray:
+    """Intersection over union of each class, float64; NaN for classes that the ground truth lacks."""
+    union_C = truth_C + predicted_C - hits_C
+    return np.divide(hits_C, union_C, out=np.full(len(hits_C), np.nan), where=truth_C > 0)
 
 
 def per_class_table(counts: Confusion, classes: ClassList, pictures_C: np.ndarray) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Pictures to look at: the best, the middling and the worst by score, with every method's labels beside the truth.
 
-For each example ``<run>/evals/<data set>-<protocol>-examples/`` holds the picture (JPEG), a PNG a method whose pixel
-values are positions in the example's own word list, and one strip with everything side by side for people.
+For each example ``<run>/evals/<data set>-<protocol>-<key>-examples/`` holds the picture (JPEG), a PNG a method whose
+pixel values are positions in the example's own word list, and one strip with everything side by side for people.
 ``examples.json`` says what is what.
 """
 
@@ -59,9 +59,9 @@ class Example:
     for; "files", word to file name."""
 
 
-def folder_of(run: str, data_set: str, protocol: str) -> str:
-    """Where the examples of a data set under a protocol lie."""
-    return storage.join(run, FOLDER, f"{data_set}-{protocol}-examples")
+def folder_of(run: str, row: Row) -> str:
+    """Where the examples that were chosen by a row's scores lie."""
+    return storage.join(run, FOLDER, f"{row.name}-examples")
 
 
 def choose(row: Row, each: int) -> list[tuple[str, str]]:
@@ -90,8 +90,8 @@ def write_examples(
 
     The few pictures shown are encoded a second time, which costs less than keeping every prediction.
     """
-    folder = folder_of(run, rows[0].data_set, protocol.name)
-    chosen = choose(next(row for row in rows if row.method == methods[-1].name), each)
+    main = next(row for row in rows if row.method == methods[-1].name)
+    folder, chosen = folder_of(run, main), choose(main, each)
     numbers = {data.name(number): number for number in range(len(data))}
     classes, lattice = data.classes, lattice_of(towers.vision, protocol)
     applies = protocol.background_applies(classes.score_background)
@@ -149,10 +149,10 @@ def _write_example(
     storage.write_bytes(storage.join(folder, files["picture"]), _encoded(small, "JPEG", quality=88))
     panels = [small]
     for method, labels_HW in labels.items():
-        small_HW = _nearest(table[labels_HW], size)
+        small_HW = overlay.nearest(table[labels_HW], size)
         files[method] = f"{stem}-{method}.png"
         storage.write_bytes(storage.join(folder, files[method]), index_png(small_HW, colours))
-        panels.append(_panel(small, small_HW, _nearest(labels[TRUTH], size) >= 0, words, colours))
+        panels.append(_panel(small, small_HW, overlay.nearest(labels[TRUTH], size) >= 0, words, colours))
     storage.write_bytes(storage.join(folder, files["strip"]), _encoded(_strip(panels, labels, words, colours), "PNG"))
     example = Example(rank, name, words, colours, in_truth, scores, files)
     return example, {c: every_word[c] for c in shown}
@@ -192,12 +192,6 @@ def _words_shown(labels: dict[str, np.ndarray], classes: int) -> tuple[list[int]
         shown = [*shown, *found][:WORDS_SHOWN]
         in_truth = in_truth or len(shown)
     return shown, in_truth
-
-
-def _nearest(labels_HW: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    rows = (np.arange(size[1]) + 0.5) * labels_HW.shape[0] / size[1]
-    columns = (np.arange(size[0]) + 0.5) * labels_HW.shape[1] / size[0]
-    return labels_HW[rows.astype(int)][:, columns.astype(int)]
 
 
 def _strip(

@@ -4,10 +4,11 @@ Their readers, class names and prompts are used as they are, so that a figure me
 added is that nothing is ever downloaded or run in a shell: a data set that is not there ends in a sentence first.
 """
 
+import contextlib
 import importlib
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -79,6 +80,7 @@ KNOWN: Mapping[str, Known] = {
         ("caltech101/101_ObjectCategories", "caltech101/Annotations"),
         9145,
         "caltech-101.zip of data.caltech.edu",
+        by_folder=True,
     ),
     "flowers": Known(
         "flowers",
@@ -91,7 +93,7 @@ KNOWN: Mapping[str, Known] = {
         "fgvc_aircraft", ("fgvc-aircraft-2013b/data/images",), 3333, "fgvc-aircraft-2013b.tar.gz, unpacked"
     ),
     "stl10": Known("stl10", ("stl10_binary",), 8000, "stl10_binary.tar.gz, unpacked"),
-    "eurosat": Known("eurosat", ("eurosat/2750",), 27000, "EuroSAT.zip, unpacked in eurosat"),
+    "eurosat": Known("eurosat", ("eurosat/2750",), 27000, "EuroSAT.zip, unpacked in eurosat", by_folder=True),
 }
 """Seventeen data sets; the twelve of the paper are not documented."""
 
@@ -220,7 +222,8 @@ def _open_known(root: str, layout: str, partial: bool) -> LabelledPictures:
         if not os.path.exists(os.path.join(root, needed)):
             raise UserError(f"{root} does not hold {layout}: expected {os.path.join(root, needed)}; get {known.get}")
     source = _built(root, layout, known, partial)
-    words, folders = list(source.classes), getattr(source, "class_to_idx", None)
+    # Folders as torchvision's ImageFolder counts them, and as Caltech-101's reader does.
+    words, folders = list(source.classes), getattr(source, "class_to_idx", getattr(source, "categories", None))
     if known.by_folder and folders is not None and len(folders) != len(words):
         raise UserError(f"{layout} has {len(words)} classes, but {root} leads to {len(folders)} folders of pictures")
     if len(source) != known.pictures and not partial:
@@ -240,12 +243,13 @@ def _built(root: str, layout: str, known: Known, partial: bool) -> Any:
         readers = importlib.import_module("clip_benchmark.datasets.imagenetv2")
     except ImportError as error:
         raise UserError(f"{layout} is read by clip-benchmark; run: pip install 'pacl-scale[classification]'") from error
+    found = None
     if layout == "imagenet_v2":
         found = len(list(Path(root, known.needs[0]).glob("**/*.jpeg")))
-        if found != readers.V2_DATASET_SIZE:
+        if not found or (found != known.pictures and not partial):
             raise UserError(f"{layout} has {known.pictures} pictures, but {root} leads to {found}; get {known.get}")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _takes_for_whole(readers, found):
             warnings.simplefilter("ignore", UserWarning)
             source = builder.build_dataset(known.name, root=root, split=known.split, download=False)
     except (RuntimeError, OSError, ValueError, KeyError, TypeError, IndexError, ImportError) as error:
@@ -254,6 +258,17 @@ def _built(root: str, layout: str, known: Known, partial: bool) -> Any:
         # Its reader takes files as the file system lists them; an order is needed to go on after an interruption.
         source.fnames.sort()
     return source
+
+
+@contextlib.contextmanager
+def _takes_for_whole(readers: Any, pictures: int | None) -> Iterator[None]:
+    """ImageNetV2's reader downloads whenever the number of pictures is not the one that it holds for the whole."""
+    whole = readers.V2_DATASET_SIZE
+    readers.V2_DATASET_SIZE = whole if pictures is None else pictures
+    try:
+        yield
+    finally:
+        readers.V2_DATASET_SIZE = whole
 
 
 def templates_of(data: LabelledPictures, chosen: str, sets: Mapping[str, Sequence[str]]) -> tuple[str, ...]:

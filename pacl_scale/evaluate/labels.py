@@ -14,7 +14,10 @@ from torch import Tensor
 from pacl_scale.evaluate.protocol import Protocol
 
 CLASSES_AT_ONCE = 32
-"""Classes upsampled together: bounds memory to 32 full-size float maps, whatever the number of classes."""
+"""Classes upsampled together at most."""
+
+VALUES_AT_ONCE = 12_000_000
+"""Float values upsampled together: of a picture of 12 million pixels one class at a time, of VOC's all 32."""
 
 Size = tuple[int, int]
 
@@ -101,17 +104,21 @@ def label_pixels(
     """
     best_HW, class_HW, softmax = None, None, None
     by_softmax = background is not None and protocol.background in ("probability", "entropy")
-    for start in range(0, classes, CLASSES_AT_ONCE):
-        portion_CHW = portion_of(slice(start, start + CLASSES_AT_ONCE))
+    start, at_once = 0, 1
+    while start < classes:
+        portion_CHW = portion_of(slice(start, min(start + at_once, classes)))
         value_HW, index_HW = portion_CHW.max(dim=0)
         if best_HW is None or class_HW is None:
             best_HW, class_HW = value_HW, index_HW
         else:
             better_HW = value_HW > best_HW
-            best_HW = torch.where(better_HW, value_HW, best_HW)
-            class_HW = torch.where(better_HW, index_HW + start, class_HW)
+            best_HW[better_HW] = value_HW[better_HW]
+            class_HW[better_HW] = index_HW[better_HW] + start
         if by_softmax:
             softmax = _with_portion(softmax, portion_CHW * protocol.background_scale)
+        start += len(portion_CHW)
+        # The first class alone says how many pixels a map has.
+        at_once = max(1, min(CLASSES_AT_ONCE, VALUES_AT_ONCE // value_HW.numel()))
     assert best_HW is not None and class_HW is not None, "at least one class"
     if background is None or protocol.background in ("none", "words"):
         return class_HW, best_HW
@@ -174,13 +181,17 @@ def _weights(count: int, out: int, box: int, lattice: Lattice, like: Tensor) -> 
 
 
 def _with_portion(softmax: tuple[Tensor, Tensor, Tensor] | None, logits_CHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest logit m, sum of exp(x - m), and sum of (x - m) exp(x - m) over the classes so far, each (H, W)."""
+    """Largest logit m, sum of exp(x - m), and sum of (x - m) exp(x - m) over the classes so far, each (H, W).
+
+    The logits are written over, as memory is what large pictures lack.
+    """
     top_HW = logits_CHW.amax(dim=0)
     if softmax is not None:
         top_HW = torch.maximum(top_HW, softmax[0])
-    lower_CHW = logits_CHW - top_HW
-    mass_HW = lower_CHW.exp().sum(dim=0)
-    weighted_HW = (lower_CHW * lower_CHW.exp()).sum(dim=0)
+    lower_CHW = logits_CHW.sub_(top_HW)
+    exp_CHW = lower_CHW.exp()
+    mass_HW = exp_CHW.sum(dim=0)
+    weighted_HW = exp_CHW.mul_(lower_CHW).sum(dim=0)
     if softmax is not None:
         drop_HW = softmax[0] - top_HW
         mass_HW = mass_HW + softmax[1] * drop_HW.exp()

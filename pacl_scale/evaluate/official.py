@@ -25,6 +25,8 @@ class Source:
     masks: str
     picture_suffix: str = ".jpg"
     mask_suffix: str = ".png"
+    not_masks: str | None = None
+    """End of the names of files beside the masks that are something else."""
     split: str | None = None
     """File with one picture's stem a line; without one, every mask counts."""
     raw_context: bool = False
@@ -72,16 +74,13 @@ def _context(score_background: bool) -> Layout:
             f"{at}JPEGImages", f"{at}SegmentationClassContext", split=f"{at}ImageSets/SegmentationContext/val.txt"
         ),
     )
-    original = _below(
-        *prefixes,
-        source=lambda at: Source(
-            f"{at}JPEGImages",
-            "trainval",
-            mask_suffix=".mat",
-            split=f"{at}ImageSets/Main/val.txt",
-            raw_context=True,
-        ),
-    )
+
+    def matlab(at: str, masks: str) -> Source:
+        split = f"{at}ImageSets/Main/val.txt"
+        return Source(f"{at}JPEGImages", masks, mask_suffix=".mat", split=split, raw_context=True)
+
+    archive = "VOCtrainval_03-May-2010.tar/VOCdevkit/VOC2010/"
+    original = [matlab(at, masks) for at in (*prefixes, archive) for masks in ("trainval", "trainval.tar.gz/trainval")]
     return Layout(
         f"PASCAL-Context val ({59 + score_background} classes)",
         (*converted, *original),
@@ -102,7 +101,8 @@ def _coco(title: str, classes: Callable[[], ClassList]) -> Layout:
     ]
     return Layout(
         title,
-        tuple(Source(pictures, found) for pictures, found in pairs),
+        # Who has trained by mmsegmentation has its converted masks among the original ones.
+        tuple(Source(pictures, found, not_masks="_labelTrainIds.png") for pictures, found in pairs),
         5000,
         classes,
         "COCO's val2017.zip and COCO-Stuff's stuffthingmaps_trainval2017.zip, unpacked or not, in one folder "
@@ -180,7 +180,7 @@ def find_pairs(layout: Layout, root: str, partial: bool) -> tuple[Source, list[t
         )
     pictures_at, masks_at = storage.join(root, source.pictures), storage.join(root, source.masks)
     pictures = _by_stem(pictures_at, source.picture_suffix)
-    masks = _by_stem(masks_at, source.mask_suffix)
+    masks = _by_stem(masks_at, source.mask_suffix, source.not_masks)
     stems = _split_stems(root, source) if source.split else sorted(masks)
     present = [stem for stem in stems if stem in pictures and stem in masks]
     missing = [stem for stem in stems if stem not in pictures or stem not in masks]
@@ -224,10 +224,9 @@ def _is_there(root: str, source: Source) -> bool:
     return split and all(map(places.is_folder, folders))
 
 
-def _by_stem(folder: str, suffix: str) -> dict[str, str]:
-    return {
-        name.removesuffix(suffix): storage.join(folder, name) for name in places.names(folder) if name.endswith(suffix)
-    }
+def _by_stem(folder: str, suffix: str, others: str | None = None) -> dict[str, str]:
+    names = [name for name in places.names(folder) if name.endswith(suffix) and not (others and name.endswith(others))]
+    return {name.removesuffix(suffix): storage.join(folder, name) for name in names}
 
 
 def _split_stems(root: str, source: Source) -> list[str]:

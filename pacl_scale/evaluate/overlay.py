@@ -60,6 +60,13 @@ def blend(picture: Image.Image, labels_HW: np.ndarray, palette: Sequence[Colour]
     return Image.fromarray(drawn_HW3.round().astype(np.uint8))
 
 
+def nearest(labels_HW: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Labels at another size (width, height): each pixel has the label that was at its middle."""
+    rows = (np.arange(size[1]) + 0.5) * labels_HW.shape[0] / size[1]
+    columns = (np.arange(size[0]) + 0.5) * labels_HW.shape[1] / size[0]
+    return labels_HW[rows.astype(int)][:, columns.astype(int)]
+
+
 def borders(labels_HW: np.ndarray) -> np.ndarray:
     """Pixels (H, W) bool whose right or lower neighbour has another label."""
     found_HW = np.zeros(labels_HW.shape, bool)

@@ -93,7 +93,7 @@ class AnnotatedPictures:
         return posixpath.basename(self.pairs[number][0])
 
     def read(self, number: int) -> tuple[Image.Image, np.ndarray]:
-        """The picture (RGB) and its class positions (H, W) int64.
+        """The picture (RGB) and its class positions (H, W) int16.
 
         Raises:
             UserError: a file that is no picture or no index mask, sizes that differ, an unknown index.
@@ -160,6 +160,9 @@ class DataCheck:
     """Pictures that show each class, in the order of `words`."""
     words: list[str]
 
+    faults: list[str] = field(default_factory=list)
+    """A sentence for each picture or mask that cannot be used."""
+
     @property
     def absent(self) -> list[str]:
         """Classes that no mask shows."""
@@ -167,14 +170,21 @@ class DataCheck:
 
 
 def check_data(data: AnnotatedPictures, threads: int) -> DataCheck:
-    """Read every picture and mask, and count.
-
-    Raises:
-        UserError: a damaged file, sizes that differ, an index that the class list does not name.
-    """
+    """Read every picture and mask, count, and note every damaged file, sizes that differ, and unknown indices."""
     words = [*data.classes.names, *(["background"] if data.classes.score_background else [])]
-    found = DataCheck(len(data), data.record.get("of", len(data)), 0, 0, np.zeros(len(words), np.int64), words)
-    for _, truth_HW in read_ahead(range(len(data)), data.read, threads):
+    found = DataCheck(0, data.record.get("of", len(data)), 0, 0, np.zeros(len(words), np.int64), words)
+
+    def read(number: int) -> np.ndarray | str:
+        try:
+            return data.read(number)[1]
+        except UserError as error:
+            return str(error)
+
+    for truth_HW in read_ahead(range(len(data)), read, threads):
+        if isinstance(truth_HW, str):
+            found.faults.append(truth_HW)
+            continue
+        found.pictures += 1
         found.pixels += truth_HW.size
         found.void += int((truth_HW == NOT_SCORED).sum())
         found.pictures_C += np.bincount(truth_HW[truth_HW != NOT_SCORED], minlength=len(words)) > 0
@@ -206,9 +216,10 @@ def read_ahead(items: Iterable[Item], read: Callable[[Item], Result], threads: i
 
 def _read_mask(address: str) -> np.ndarray:
     mask = _open(address)
-    if mask.mode not in ("P", "L", "I", "I;16"):
+    if mask.mode not in ("1", "P", "L", "I", "I;16"):
         raise UserError(f"{address} is no index mask (its mode is {mask.mode}); palette or grey PNG is expected")
-    return np.asarray(mask)
+    # Masks of one bit hold 0 and 1, which numpy reads as truth values.
+    return np.asarray(mask).astype(np.uint8) if mask.mode == "1" else np.asarray(mask)
 
 
 def _open(address: str) -> Image.Image:

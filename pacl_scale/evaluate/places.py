@@ -1,11 +1,18 @@
 """Files of a data set wherever they lie: folders, URLs, and zip or tar archives as they were downloaded.
 
 An address may lead into an archive: ``/data/ADEChallengeData2016.zip/ADEChallengeData2016/images`` or
-``s3://bucket/voc.tar/VOCdevkit``. Archives are listed once and stay open; reads of one archive take turns.
+``s3://bucket/voc.tar/VOCdevkit``. Archives are listed once and stay open; reads of one archive take turns. A
+compressed tar is unpacked into a temporary file first, as it can only be read from its beginning.
 """
 
+import contextlib
 import functools
+import gzip
+import shutil
+import tempfile
 import threading
+import zlib
+from collections.abc import Iterator
 from typing import Literal
 
 import fsspec
@@ -14,7 +21,7 @@ from fsspec import AbstractFileSystem
 from pacl_scale import storage
 from pacl_scale.errors import UserError
 
-ARCHIVES = {".zip": "zip", ".tar": "tar"}
+ARCHIVES = {".zip": "zip", ".tar": "tar", ".tar.gz": "tar", ".tgz": "tar"}
 
 
 def read(address: str) -> bytes:
@@ -83,12 +90,29 @@ def _split(address: str) -> tuple[str | None, str]:
     return None, address
 
 
+@contextlib.contextmanager
+def _plain(archive: str) -> Iterator[str]:
+    """Where the archive can be opened: of a compressed tar a temporary file, which whoever opened it may keep open."""
+    if not archive.endswith("gz"):
+        yield archive
+        return
+    files, path = storage.filesystem(archive)
+    with tempfile.NamedTemporaryFile(suffix=".tar") as tar:
+        try:
+            with files.open(path, "rb") as packed, gzip.open(packed) as content:
+                shutil.copyfileobj(content, tar, 2**20)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UserError(f"{archive} cannot be opened as an archive ({error}); download it again") from error
+        tar.flush()
+        yield tar.name
+
+
 @functools.lru_cache(maxsize=8)
 def _opened(archive: str) -> tuple[AbstractFileSystem, threading.Lock]:
-    suffix = archive[-4:]
+    kind = next(kind for suffix, kind in ARCHIVES.items() if archive.endswith(suffix))
     try:
-        with storage.explained(archive):
-            return fsspec.filesystem(ARCHIVES[suffix], fo=archive, skip_instance_cache=True), threading.Lock()
+        with storage.explained(archive), _plain(archive) as opened:
+            return fsspec.filesystem(kind, fo=opened, skip_instance_cache=True), threading.Lock()
     except UserError:
         raise
     except Exception as error:

@@ -2,11 +2,15 @@
 
 ``<run>/evals/progress/<key>/<part>of<parts>.jsonl`` gets one line a picture, as soon as it is counted. The key stands
 for everything the counts depend on, so that other settings never find them.
+
+Two parts that end at the same moment on a shared file system may each see the other as unfinished, and then nobody
+writes rows: running any part again finds everything counted and writes them.
 """
 
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +23,25 @@ from pacl_scale.evaluate.tallies import PictureCounts
 
 Counts = dict[str, Any]
 """Method to its counts of one picture: :class:`PictureCounts`, or what another task counts."""
+
+
+def folder_for(output: str, depends_on: Any, parts: int) -> Path | None:
+    """Where is remembered what was counted under ``depends_on`` (plain values); None below a URL.
+
+    Raises:
+        UserError: several parts with an output that is no folder.
+    """
+    if not storage.is_local(output):
+        if parts > 1:
+            raise UserError("parts need an output that is a folder all of them see, not a URL")
+        return None
+    key = hashlib.blake2b(json.dumps(depends_on, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return Path(output.removeprefix("file://")) / FOLDER / "progress" / key
+
+
+def forget(folder: Path) -> None:
+    """Remove what was remembered: the rows are written. Another part may be doing the same."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass
@@ -54,12 +77,10 @@ class Progress:
         Raises:
             UserError: several parts with an output that is no folder.
         """
-        if not storage.is_local(output):
-            if parts > 1:
-                raise UserError("parts need an output that is a folder all of them see, not a URL")
+        folder = folder_for(output, depends_on, parts)
+        if folder is None:
             return cls.forgetful(kind)
-        key = hashlib.blake2b(json.dumps(depends_on, sort_keys=True).encode(), digest_size=8).hexdigest()
-        progress = cls(Path(output.removeprefix("file://")) / FOLDER / "progress" / key, part, parts, kind=kind)
+        progress = cls(folder, part, parts, kind=kind)
         own = progress._file(part)
         progress.found = _read(own, kind)
         if own.exists():
@@ -92,12 +113,8 @@ class Progress:
 
     def forget(self) -> None:
         """Remove what is on disk: the rows are written."""
-        if self.folder is None or not self.folder.exists():
-            return
-        for part in range(self.parts):
-            self._file(part).unlink(missing_ok=True)
-        if not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        if self.folder is not None:
+            forget(self.folder)
 
     def _file(self, part: int) -> Path:
         assert self.folder is not None, "only what is remembered has files"
@@ -105,10 +122,12 @@ class Progress:
 
 
 def _read(path: Path, kind: Callable[..., Any]) -> dict[str, Counts]:
-    """Whole lines only: the last one may have been cut off."""
-    if not path.exists():
+    """Whole lines only: the last one may have been cut off. Nothing where there is no file, or no longer one."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        # Another part has written the rows and forgotten the counts in this moment.
         return {}
-    content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     found = {}
     for line in whole.decode().splitlines():

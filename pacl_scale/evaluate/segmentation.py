@@ -22,9 +22,9 @@ from pacl_scale.evaluate.methods import MAJORITY, PATCH_ORACLE, Method, Towers
 from pacl_scale.evaluate.pictures import AnnotatedPictures, read_ahead
 from pacl_scale.evaluate.progress import Progress
 from pacl_scale.evaluate.protocol import ClassVectors, Protocol, patch_scores, vectors_for
-from pacl_scale.evaluate.rows import Row
+from pacl_scale.evaluate.rows import Row, checkpoint_of, digest, towers_of
 from pacl_scale.evaluate.tallies import OWN_WORDS, PictureCounts, Tally, majority, scores_of, sparse
-from pacl_scale.evaluate.views import Prepared, check_stride, lattice_of, prepare
+from pacl_scale.evaluate.views import Prepared, check_size, check_stride, lattice_of, prepare, recorded
 
 READERS = 4
 """Threads that read, decode and resize pictures beside the tower."""
@@ -68,7 +68,7 @@ def evaluate_segmentation(
     """
     started = time.monotonic()
     classes = data.classes
-    _check(name, classes, towers, protocol)
+    check_segmentation(name, classes, towers, protocol)
     positions = positions_of(classes, protocol)
     vectors = {word_set or OWN_WORDS: _vectors(towers, classes, word_set, protocol) for word_set in classes.word_sets()}
     progress = progress or Progress.forgetful()
@@ -94,7 +94,7 @@ def evaluate_segmentation(
     for picture, found in finished.items():
         for method_name, tally in tallies.items():
             tally.pictures[picture] = found[method_name]
-    checkpoints: dict[str, dict[str, Any]] = {method.name: method.checkpoint for method in methods}
+    checkpoints: dict[str, dict[str, Any]] = {method.name: checkpoint_of(method) for method in methods}
     checkpoints[PATCH_ORACLE] = {}
     if MAJORITY in controls:
         oracle = tallies.pop(PATCH_ORACLE, None)
@@ -102,21 +102,23 @@ def evaluate_segmentation(
         checkpoints[MAJORITY] = {"answer": [*classes.names, "background"][answer]}
         tallies |= {PATCH_ORACLE: oracle} if oracle else {}
     seconds = round(time.monotonic() - started, 3)
-    record = protocol.record() | {"background_applied": protocol.background_applies(classes.score_background)}
+    record = recorded(protocol, towers.vision)
+    record["background_applied"] = protocol.background_applies(classes.score_background)
+    names = digest([data.name(number) for number in range(len(data))])
     return [
         Row(
             task="segmentation",
             data_set=name,
-            protocol=record | {"patch_size": lattice.patch, "stride": lattice.stride},
+            protocol=record,
             method=method_name,
             checkpoint=checkpoints[method_name],
-            towers=towers.config,
+            towers=towers_of(towers),
             pictures=len(data),
             scores=scores_of(tally, classes, positions),
             per_picture=tally.per_picture(positions),
             confusion=tally.total(positions).counts_CC.tolist(),
             seconds=seconds,
-            data=data.record | {"void": classes.void, "background": classes.background},
+            data=data.record | classes.record() | {"names": names},
         )
         for method_name, tally in tallies.items()
     ]
@@ -139,6 +141,11 @@ def encoded_batches(
     vision = towers.vision
     lattice = lattice_of(vision, protocol)
 
+    def read(number: int) -> Prepared:
+        picture, truth_HW = data.read(number)
+        check_size(truth_HW.shape, data.name(number), vision, protocol)
+        return prepare(number, picture, truth_HW, vision, protocol)
+
     def encode(batch: list[tuple[Prepared, int]]) -> Iterator[Prepared]:
         pixels_B3hw = torch.stack([item.inputs[number] for item, number in batch]).to(towers.device)
         encoded = vision.encode(pixels_B3hw, protocol.stride or None)
@@ -155,7 +162,7 @@ def encoded_batches(
             yield item, tokens
 
     waiting: dict[torch.Size, list[tuple[Prepared, int]]] = {}
-    for item in read_ahead(numbers, lambda n: prepare(n, *data.read(n), vision, protocol), READERS):
+    for item in read_ahead(numbers, read, READERS):
         for number, pixels_3hw in enumerate(item.inputs):
             shape = pixels_3hw.shape
             patches = (shape[1] // lattice.stride) * (shape[2] // lattice.stride)
@@ -214,8 +221,9 @@ def count_picture(
         if word_set == OWN_WORDS:
             if protocol.boundary:
                 counts.boundary = boundary_counts(truth_HW, labels_HW, positions, protocol.boundary).tolist()
-            if prepared.views[0].is_whole:
-                counts.patches = _right_patches(truth_HW, first_Chw, prepared, lattice, positions)
+            # A square picture fits into one window: a figure of these alone would not be the data set's.
+            if not protocol.window:
+                counts.patches = _right_patches(truth_HW, first_Chw, prepared, lattice, positions, len(classes.indices))
     return counts
 
 
@@ -255,11 +263,14 @@ def _votes(truth_HW: np.ndarray, grid: tuple[int, int], classes: int, box: tuple
 
 
 def _right_patches(
-    truth_HW: np.ndarray, maps_Chw: Tensor, prepared: Prepared, lattice: Lattice, positions: int
+    truth_HW: np.ndarray, maps_Chw: Tensor, prepared: Prepared, lattice: Lattice, positions: int, classes: int
 ) -> list[int]:
-    """Patches whose best class is their most frequent true class, and all patches with a scored pixel."""
-    votes_TC = _votes(truth_HW, prepared.grids[0], positions, prepared.views[0].size, lattice)
-    said_T = maps_Chw.flatten(1).argmax(dim=0).cpu()
+    """Patches whose best class is their most frequent true class, and all patches with a pixel of a class.
+
+    Background, which is no class, neither votes nor is answered, whatever the protocol's rule for it.
+    """
+    votes_TC = _votes(truth_HW, prepared.grids[0], positions, prepared.views[0].size, lattice)[:, :classes]
+    said_T = maps_Chw[:classes].flatten(1).argmax(dim=0).cpu()
     voted_T = votes_TC.sum(dim=1) > 0
     right = (votes_TC.argmax(dim=1) == said_T) & voted_T
     return [int(right.sum()), int(voted_T.sum())]
@@ -270,7 +281,8 @@ def _vectors(towers: Towers, classes: ClassList, word_set: str | None, protocol:
     return vectors_for(towers.text, classes.synonyms(word_set), protocol, background).to(towers.device)
 
 
-def _check(name: str, classes: ClassList, towers: Towers, protocol: Protocol) -> None:
+def check_segmentation(name: str, classes: ClassList, towers: Towers, protocol: Protocol) -> None:
+    """Raise :class:`UserError` where a protocol does not suit a data set or the tower, before anything is measured."""
     if classes.score_background and protocol.background == "none":
         raise UserError(f"{name} scores background, so the protocol needs a rule for it; set protocol.background")
     try:

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pacl_scale import storage
+from pacl_scale.errors import UserError
 from pacl_scale.evaluate import overlay
 from pacl_scale.evaluate.examples import TRUTH
 from pacl_scale.evaluate.masks import UNLABELLED
@@ -23,15 +24,24 @@ PALE = 80
 
 
 def examples_of(folder: str) -> list[dict[str, Any]]:
-    """Examples by rank, everything that shows them inlined."""
+    """Examples by rank, everything that shows them inlined.
+
+    Raises:
+        UserError: the list of examples or one of their files is damaged.
+    """
     listing_at = storage.join(folder, "examples.json")
     if not storage.exists(listing_at):
         return []
-    listing = json.loads(storage.read_bytes(listing_at))
     ranks: dict[str, list[dict[str, Any]]] = {}
-    for example in listing["examples"]:
-        ranks.setdefault(example["rank"], []).append(_example(folder, example))
-    return [{"title": RANK_TITLES[rank], "rank": rank, "examples": found} for rank, found in ranks.items()]
+    try:
+        for example in json.loads(storage.read_bytes(listing_at))["examples"]:
+            ranks.setdefault(example["rank"], []).append(_example(folder, example))
+        return [{"title": RANK_TITLES[rank], "rank": rank, "examples": found} for rank, found in ranks.items()]
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError) as error:
+        # Pillow's own complaint of a damaged file is an OSError.
+        raise UserError(
+            f"{listing_at} or a file beside it is damaged ({type(error).__name__}: {error}); evaluate again"
+        ) from error
 
 
 def _example(folder: str, example: Mapping[str, Any]) -> dict[str, Any]:

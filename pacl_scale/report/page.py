@@ -8,11 +8,11 @@ from typing import Any
 from pacl_scale import config, storage
 from pacl_scale.errors import UserError
 from pacl_scale.evaluate.methods import PACL
-from pacl_scale.evaluate.rows import read_rows
+from pacl_scale.evaluate.rows import Row, read_rows
 from pacl_scale.pages import templates
 from pacl_scale.report import scores
 from pacl_scale.report.training import curves_of, facts_of, preparation_of
-from pacl_scale.report.wording import MEANINGS, bars, duration, percent
+from pacl_scale.report.wording import MEANINGS, ORDER, PEEKING, bars, duration, name_of, percent
 
 PROG = "python -m pacl_scale.report"
 
@@ -37,13 +37,23 @@ class ReportConfig:
     output: str | None = None
     """HTML file to write; not given, `report.html` in RUN."""
 
+    def __post_init__(self) -> None:
+        for name in self.runs:
+            if not name.replace("_", "").replace(".", "").isalnum():
+                raise ValueError(f"runs: {name!r}: names of methods hold letters, digits, '_' and '.' only")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns 0 or raises :class:`pacl_scale.errors.UserError`."""
     positionals: list[tuple[str, dict[str, Any]]] = [("run", {"help": "Run directory with evals/."})]
     settings, given = config.parse(ReportConfig, argv, PROG, positionals)
     run = given["run"]
-    preparation = json.loads(storage.read_bytes(settings.preparation)) if settings.preparation else None
+    preparation = None
+    if settings.preparation:
+        try:
+            preparation = json.loads(storage.read_bytes(settings.preparation))
+        except ValueError as error:
+            raise UserError(f"{settings.preparation} is not JSON ({error})") from error
     print(
         write_report(
             settings.output or storage.join(run, "report.html"),
@@ -53,6 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     )
     return 0
+
+
+def meanings_of(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """What each method on the page is, in reading order."""
+    there = {row.method for row in rows}
+    return [(name_of(method), MEANINGS[method]) for method in [*ORDER, *PEEKING] if method in there]
 
 
 def write_report(
@@ -69,7 +85,8 @@ def write_report(
     Args:
         output: where the HTML file goes.
         evaluated: run directory whose ``evals/`` holds rows and examples.
-        runs: method to run directory; their ``metrics.jsonl`` become the curves, those without one are left out.
+        runs: method to run directory (a path or URL); their ``metrics.jsonl`` and ``validation.jsonl`` become the
+            curves, those without one are left out.
         preparation: the account of the data's preparation: ``expected``, ``got``, ``failures`` by cause, and, if
             there, ``list_rows``, ``left_out`` by cause, ``shards``, ``bytes``, ``samples``.
         seconds: stage to seconds, in the order in which they ran.
@@ -77,21 +94,21 @@ def write_report(
         introduction: what is below it.
 
     Raises:
-        UserError: there are no rows to report on.
+        UserError: there are no rows to report on, or a file of the run is damaged.
     """
     rows = read_rows(evaluated)
     if not rows:
         raise UserError(f"{evaluated} has no evaluation yet; run python -m pacl_scale.evaluate first")
     environment = templates(html=True)
     environment.filters |= {"percent": percent, "duration": duration, "number": lambda value: f"{value:,}"}
-    segmentation = scores.by_data_set(rows, "segmentation")
+    segmentation = scores.tables(rows, "segmentation")
     page = environment.get_template("report.html.j2").render(
         title=title,
         introduction=introduction,
-        meanings=MEANINGS,
+        meanings=meanings_of(rows),
         segmentation=[scores.segmentation(evaluated, found) for found in segmentation],
-        classification=[scores.classification(found) for found in scores.by_data_set(rows, "classification")],
-        retrieval=[scores.retrieval(found) for found in scores.by_data_set(rows, "retrieval")],
+        classification=[scores.classification(found) for found in scores.tables(rows, "classification")],
+        retrieval=[scores.retrieval(found) for found in scores.tables(rows, "retrieval")],
         tiles=scores.tiles(segmentation[0]) if segmentation else [],
         curves=curves_of(runs),
         facts=facts_of(runs),

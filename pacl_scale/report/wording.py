@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pacl_scale.evaluate.methods import CLIP, MAJORITY, MASKCLIP, PACL, PATCH_ORACLE, UNTRAINED, VALUE_PATH
+from pacl_scale.evaluate.rows import Row
 
 MEAN_POOLED = "mean_pooled"
 NAMES = {
@@ -50,6 +51,33 @@ def duration(seconds: float) -> str:
 def name_of(method: str) -> str:
     """A method as the page calls it."""
     return NAMES.get(method, method.replace("_", " "))
+
+
+def protocol_line(row: Row) -> str:
+    """What a row's figures hang on, in a line: enough to see that two tables are not of one kind."""
+    protocol = row.protocol
+    count = len(protocol.get("templates", []))
+    prompts = f"{count} prompt{'' if count == 1 else 's'} a word ({protocol.get('template_set')})" if count else ""
+    shown = f"short side {protocol['size']}"
+    if protocol["resize"] in ("square", "squash"):
+        shown = f"squeezed to {protocol['size']} x {protocol['size']}"
+    parts = [f"protocol {protocol['name']}", shown]
+    if row.task == "segmentation":
+        windows = f"windows of {protocol['window']} every {protocol['window_step']}"
+        scales = ", ".join(f"{scale:g}" for scale in protocol["scales"])
+        rule = f"background by {protocol['background']}"
+        if protocol["background"] != "words":
+            rule += f" at {protocol['background_threshold']:g}"
+        parts += [
+            windows if protocol["window"] else "whole picture",
+            f"patches of {protocol['patch_size']} every {protocol['stride']}",
+            *([f"scales {scales}"] if scales != "1" else []),
+            *(["mirrored too"] if protocol["flip"] else []),
+            *(["only the square in the middle"] if protocol["crop"] != "none" else []),
+            rule if protocol["background_applied"] else "no background rule",
+        ]
+    parts += [prompts] if prompts else []
+    return ", ".join([*parts, *([row.towers["precision"]] if "precision" in row.towers else [])])
 
 
 def bars(values: Mapping[str, float]) -> list[dict[str, Any]]:
