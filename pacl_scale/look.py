@@ -17,7 +17,7 @@ from pacl_scale.evaluate.heat import word_maps
 from pacl_scale.evaluate.labels import Lattice, View, label_pixels, merged
 from pacl_scale.evaluate.methods import Method, Towers
 from pacl_scale.evaluate.protocol import Protocol, patch_scores, vectors_for
-from pacl_scale.evaluate.views import MOST_PATCHES, check_size, check_stride, lattice_of, prepare
+from pacl_scale.evaluate.views import check_size, check_stride, lattice_of, prepare
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,7 @@ def check_protocol(towers: Towers, protocol: Protocol) -> None:
 
 
 @torch.no_grad()
-def see(
-    picture: Image.Image, towers: Towers, method: Method, protocol: Protocol, most_patches: int = MOST_PATCHES
-) -> Seen:
+def see(picture: Image.Image, towers: Towers, method: Method, protocol: Protocol) -> Seen:
     """Pass an RGB picture through the tower and the embedder, view by view.
 
     Raises:
@@ -72,7 +70,7 @@ def see(
         UserError: the picture is so long and narrow that it would fill the tower with patches.
     """
     size = (picture.height, picture.width)
-    check_size(size, "the picture", towers.vision, protocol, most_patches)
+    check_size(size, "the picture", towers.vision, protocol)
     prepared = prepare(0, picture, np.zeros(size, np.int64), towers.vision, protocol)
     embedded = []
     for view, pixels_3hw in zip(prepared.views, prepared.inputs, strict=True):

@@ -1,5 +1,6 @@
 """The page in a real browser: upload, type, see the mask change; and what it refuses."""
 
+import asyncio
 import base64
 import http.client
 import io
@@ -9,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.new("RGB", (64, 64), RGB["green"]).save(root / "examples" / "meadow.png")
     (root / "fake.png").write_text("no picture")
     Image.new("1", (1500, 1500)).save(root / "large.png")
+    Image.new("RGB", (1, 9000)).save(root / "strip.png")
     return root
 
 
@@ -168,6 +172,15 @@ def test_hover_tells_every_words_score(page: Page, place: Path) -> None:
     for share, first in ((0.1, "red"), (0.9, "blue")):
         page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] * share)
         page.get_by_text(re.compile(rf"^Here: {first} 0\.\d\d, ")).wait_for()
+    # The keyboard moves the place too, and a ring shows where it is.
+    page.get_by_role("application").focus()
+    for _ in range(16):
+        page.keyboard.press("ArrowUp")
+    page.get_by_text(re.compile(r"^Here: red 0\.\d\d, ")).wait_for()
+    assert page.locator(".stage svg circle").count() == 2
+    for _ in range(16):
+        page.keyboard.press("ArrowDown")
+    page.get_by_text(re.compile(r"^Here: blue 0\.\d\d, ")).wait_for()
     # Other words are told where the pointer is, without its being moved.
     ask(page, "green, blue")
     page.get_by_text(re.compile(r"^Here: blue 0\.\d\d, green -0\.\d\d$")).wait_for()
@@ -196,7 +209,10 @@ def test_sliders_and_heat_maps_answer_the_keyboard(page: Page, place: Path) -> N
 
 @pytest.mark.slow
 def test_bad_uploads_get_a_sentence_and_do_no_harm(page: Page, place: Path) -> None:
-    for name, sentence in (("fake.png", "is not a picture"), ("large.png", "more than 2 million pixels")):
+    for name, sentence in (
+        *(("fake.png", "is not a picture"), ("large.png", "more than 2 million pixels")),
+        ("strip.png", "more than 16 times longer than wide"),
+    ):
         page.set_input_files("input[type=file]", place / name)
         page.get_by_role("alert").filter(has_text=f"{name}").filter(has_text=sentence).wait_for()
     ask(page, "red, red , blue")
@@ -271,6 +287,50 @@ def test_a_body_without_a_length_is_counted_while_it_arrives() -> None:
     assert finished(statuses(50)) == [413] and sum(taken) <= 1000
 
 
+def test_what_fails_is_said_and_what_was_overtaken_says_nothing() -> None:
+    class Part:
+        """A part of the page that remembers what it was told."""
+
+        text, visible = "", False
+
+        def set_text(self, text: str) -> None:
+            self.text = text
+
+        def set_visibility(self, visible: bool) -> None:
+            self.visible = visible
+
+    def work(what: str) -> str:
+        gates[what].wait(20)
+        if what == "fails":
+            raise MemoryError
+        if what == "mistake":
+            raise UserError("no picture")
+        return what
+
+    async def several() -> list[Any]:
+        first = asyncio.ensure_future(visit._latest(work, "mistake"))
+        await asyncio.sleep(0)
+        second = asyncio.ensure_future(visit._latest(work, "second"))
+        await asyncio.sleep(0)
+        gates["mistake"].set()
+        found = [await first, visit.parts["busy"].visible, visit.parts["complaint"].text]
+        gates["second"].set()
+        found += [await second, visit.parts["busy"].visible]
+        gates["fails"].set()
+        return [*found, await visit._latest(work, "fails"), visit.parts["complaint"].text]
+
+    from pacl_scale.demo.page import Visit
+
+    gates = {what: threading.Event() for what in ("mistake", "second", "fails")}
+    visit = Visit(None, parts={"busy": Part(), "complaint": Part()})  # type: ignore[arg-type]
+    with ThreadPoolExecutor(1) as pool:
+        # The browser's own event loop is running in this thread.
+        found = pool.submit(asyncio.run, several()).result(60)
+    assert found[:3] == [None, True, ""], "the later request is still at work, and the earlier one's mistake is old"
+    assert found[3:5] == ["second", False]
+    assert found[5] is None and "MemoryError" in found[6]
+
+
 def test_a_taken_port_and_wrong_settings_end_in_one_sentence(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import socket
 
@@ -289,6 +349,8 @@ def test_a_taken_port_and_wrong_settings_end_in_one_sentence(place: Path, monkey
         DemoConfig(port=70000)
     assert is_loopback("127.0.0.1") and is_loopback("::1") and not is_loopback("0.0.0.0")
     assert hosts_for("0.0.0.0") == ["*"] and "*" not in hosts_for("127.0.0.1")
+    assert hosts_for("127.0.0.2") == [*hosts_for("localhost")[:3], "127.0.0.2"], "loopback too: others stay refused"
+    assert "[::1]" in hosts_for("::1") and "*" not in hosts_for("::1")
 
 
 def test_examples_are_those_of_the_runs_evaluation(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pytest
 from colours import install as install_towers
 from colours import pixels, write_run
 from PIL import Image
+from pycocotools import mask as coco_masks
 
 from pacl_scale.errors import UserError, run_command
 from pacl_scale.evaluate import overlay
@@ -65,7 +66,7 @@ def test_threshold_and_background_leave_pixels_uncoloured(place: Path) -> None:
 
 def test_masks_are_written_as_png_and_run_lengths(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "words.txt").write_text("blue\n\n green \n")
-    words = ["picture.png", "red", "--words_file=words.txt", "--checkpoint=run", "--masks=true", "--output=o.png"]
+    words = ["picture.png", "red", "--words-file", "words.txt", "--checkpoint=run", "--masks", "--output=o.png"]
     assert main(words) == 0
     assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == ["blue", "red", "green", "o.png"]
     labels = pixels(place / "o.mask.png")
@@ -79,6 +80,27 @@ def test_masks_are_written_as_png_and_run_lengths(place: Path, capsys: pytest.Ca
         np.testing.assert_array_equal(decoded, labels == number)
     segment_file(SegmentConfig("run", "b.png", background=["blue"], masks=True), "picture.png", ["red"])
     assert set(np.unique(pixels(place / "b.mask.png"))) == {0, 255}
+
+
+# COCO's tools are of numpy 1.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_masks_have_the_pictures_own_size_and_cocos_tools_read_them(place: Path) -> None:
+    drawn = np.zeros((1000, 2000, 3), np.uint8)
+    drawn[:250], drawn[250:] = RED, BLUE
+    # As a camera stores a picture that was taken upright: turned by a quarter.
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(drawn)).save(place / "large.png", exif=exif)
+    segment_file(SegmentConfig("run", "o.jpg", masks=True), "large.png", ["red", "blue"])
+    labels = pixels(place / "o.mask.png")
+    assert labels.shape == (1000, 2000) and labels[0, 0] == 0 and labels[999, 1999] == 1
+    written = json.loads((place / "o.json").read_text())
+    assert (written["height"], written["width"]) == (1000, 2000)
+    for number, entry in enumerate(written["words"]):
+        packed = coco_masks.frPyObjects(entry["rle"], *entry["rle"]["size"])
+        np.testing.assert_array_equal(coco_masks.decode(packed), labels == number)
+    with Image.open(place / "o.jpg") as overlay_picture:
+        assert overlay_picture.format == "JPEG" and 1600 <= overlay_picture.width < 1700
 
 
 def test_every_picture_of_a_folder_is_segmented(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,12 +215,15 @@ def test_a_turned_photograph_is_segmented_upright(place: Path) -> None:
         (["picture.png", "red", "--scales=[0]"], "scales"),
         (["picture.png", "red", "--frames_per_second=0"], "frames_per_second"),
         (["picture.png", "red", "--shade=1"], "shade"),
+        (["picture.png", "red", "--checkpoint=run", "--output=o.gif"], "must end in .png, .jpg, .jpeg"),
+        (["strip.png", "red", "blue", "--checkpoint=run"], "would enter the vision tower as 16 x 480000 pixels"),
     ],
 )
 def test_wrong_input_ends_in_one_sentence(
     place: Path, words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (place / "text.png").write_text("no picture")
+    Image.new("RGB", (1, 30000)).save(place / "strip.png")
     assert run_command(lambda: main(words)) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and said[0].startswith("error: ") and complaint in said[0]

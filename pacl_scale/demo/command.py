@@ -1,6 +1,5 @@
 """The command: a checkpoint in, a web page on the loopback interface out."""
 
-import ipaddress
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from pacl_scale import config, log
+from pacl_scale.demo.guard import is_loopback
 from pacl_scale.demo.studio import Studio, examples_in
 from pacl_scale.errors import UserError
 from pacl_scale.evaluate.command import run_of
@@ -114,11 +114,3 @@ def free_port(host: str, port: int) -> int:
         raise UserError(
             f"{host}:{port} cannot be listened on ({error.strerror or error}); choose another port"
         ) from error
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach ``host``."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -1,5 +1,6 @@
 """What stands between the page and whoever can reach its port: sizes, host names, and where it may load from."""
 
+import ipaddress
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -78,4 +79,15 @@ async def _refuse(send: Send) -> None:
 
 def hosts_for(host: str) -> list[str]:
     """Host names under which the page answers: another site's name that leads here (DNS rebinding) is refused."""
-    return ["127.0.0.1", "localhost", "[::1]"] if host in ("127.0.0.1", "localhost", "::1") else ["*"]
+    if not is_loopback(host):
+        return ["*"]
+    own = f"[{host}]" if ":" in host else host
+    return list(dict.fromkeys(["127.0.0.1", "localhost", "[::1]", own]))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,7 +1,8 @@
 """The page itself, by NiceGUI: everything it needs comes from this server, and nothing is reported to anybody."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from nicegui import app, events, run, ui
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -17,6 +18,13 @@ ALL_WORDS = "all words"
 PRIMARY = "#0072b2"
 SCORES = 8
 """Words whose scores are told under the pointer, the best first."""
+
+HINT = "Point at the picture, or move there by the arrow keys, to see how well each word fits."
+ARROWS = {"ArrowLeft": (-1, 0), "ArrowRight": (1, 0), "ArrowUp": (0, -1), "ArrowDown": (0, 1)}
+# Arrow keys would also scroll the page.
+KEYS = "event => { if (event.key.startsWith('Arrow')) { event.preventDefault(); emit(event.key); } }"
+
+Result = TypeVar("Result")
 
 STYLE = """
 .sheet { max-width: 76rem; margin: 0 auto; padding: 1rem; }
@@ -44,23 +52,16 @@ class Visit:
     answer: Answer | None = None
     asked: int = 0
     """Number of the latest request; an answer to an earlier one comes too late to be shown."""
+    waiting: int = 0
+    """Requests that are not answered yet."""
     pointer: tuple[float, float] | None = None
     """Where the pointer was last seen on the picture, in its pixels."""
     parts: dict[str, Any] = field(default_factory=dict)
 
     async def take(self, content: bytes, name: str) -> None:
         """Show a picture and look for the words in it."""
-        self.asked += 1
-        number = self.asked
-        self._busy(True)
-        try:
-            sheet = await run.io_bound(self.studio.open, content, name)
-        except UserError as error:
-            self._complain(str(error))
-            return
-        finally:
-            self._busy(False)
-        if sheet is None or number != self.asked:
+        sheet = await self._latest(self.studio.open, content, name)
+        if sheet is None:
             return
         self.sheet, self.answer, self.pointer = sheet, None, None
         self._complain("")
@@ -75,23 +76,39 @@ class Visit:
             self.answer = None
             self.show()
             return
-        self.asked += 1
-        number = self.asked
-        self._busy(True)
-        try:
-            answer = await run.io_bound(self.studio.look, self.sheet, words, rest)
-        except UserError as error:
-            self._complain(str(error))
-            return
-        finally:
-            self._busy(False)
-        if answer is None or number != self.asked:
+        answer = await self._latest(self.studio.look, self.sheet, words, rest)
+        if answer is None:
             return
         self.answer = answer
         alone = len(words) + len(rest) == 1
         self._complain("One word alone gets every pixel: add words, or raise the threshold." if alone else "")
         self._offer(answer)
         self.show()
+
+    async def _latest(self, work: Callable[..., Result], *words: Any) -> Result | None:
+        """What ``work`` gives, done beside the page; None where it failed, which is said, or was overtaken."""
+        self.asked += 1
+        number = self.asked
+        self.waiting += 1
+        self.parts["busy"].set_visibility(True)
+        complaint = ""
+        try:
+            found = await run.io_bound(work, *words)
+        except UserError as error:
+            found, complaint = None, str(error)
+        except Exception as error:
+            # Out of memory, most likely: whoever looks at the page must not be left waiting.
+            logger.exception("the page's work failed")
+            found = None
+            complaint = f"That did not work ({type(error).__name__}); try a smaller picture or fewer words."
+        finally:
+            self.waiting -= 1
+            self.parts["busy"].set_visibility(self.waiting > 0)
+        if number != self.asked:
+            return None
+        if complaint:
+            self._complain(complaint)
+        return found
 
     def show(self) -> None:
         """Draw the picture as the controls say."""
@@ -112,10 +129,23 @@ class Visit:
         self.pointer = (event.image_x, event.image_y)
         self._say()
 
-    def _say(self) -> None:
+    def step(self, event: events.GenericEventArguments) -> None:
+        """Move the place whose scores are told by an arrow key, a twentieth of the picture at a time."""
+        if self.sheet is None or event.args not in ARROWS:
+            return
+        width, height = self.sheet.picture.size
+        right, down = ARROWS[event.args]
+        x, y = self.pointer or (width / 2, height / 2)
+        self.pointer = min(max(x + right * width / 20, 0), width - 1), min(max(y + down * height / 20, 0), height - 1)
+        self._say(marked=True)
+
+    def _say(self, marked: bool = False) -> None:
         scores = self.answer.at(*self.pointer) if self.answer is not None and self.pointer is not None else []
         said = "Here: " + ", ".join(f"{word} {score:.2f}" for word, score in scores[:SCORES])
-        self.parts["hover"].set_text(said if scores else "Point at the picture to see how well each word fits there.")
+        self.parts["hover"].set_text(said if scores else HINT)
+        # A keyboard has no pointer of its own.
+        shown = marked and self.sheet is not None and self.pointer is not None
+        self.parts["stage"].set_content(_ring(self.pointer, self.sheet.picture.size) if shown else "")  # type: ignore
 
     def _offer(self, answer: Answer) -> None:
         """Let the controls offer what the answer holds."""
@@ -146,8 +176,15 @@ class Visit:
         self.parts["complaint"].set_text(sentence)
         self.parts["complaint"].set_visibility(bool(sentence))
 
-    def _busy(self, busy: bool) -> None:
-        self.parts["busy"].set_visibility(busy)
+
+def _ring(place: tuple[float, float], size: tuple[int, int]) -> str:
+    """SVG that marks a place, white on black."""
+    side = max(size)
+    return "".join(
+        f'<circle cx="{place[0]:.0f}" cy="{place[1]:.0f}" r="{side / 60:.1f}" fill="none" stroke="{ink}" '
+        f'stroke-width="{side / share:.2f}"/>'
+        for ink, share in (("black", 150), ("white", 300))
+    )
 
 
 def build(studio: Studio, most_bytes: int) -> None:
@@ -219,11 +256,16 @@ def _stage(visit: Visit) -> None:
     parts["busy"] = ui.linear_progress(show_value=False).props("indeterminate").classes("w-full")
     parts["busy"].set_visibility(False)
     parts["empty"] = ui.label("No picture yet").classes("empty w-full")
-    stage = ui.interactive_image(on_mouse=visit.hover, events=["mousemove", "click"]).classes("stage w-full")
+    frame = ui.element("div").classes("w-full").props('tabindex=0 role="application"')
+    frame.props('aria-label="The picture; arrow keys move the place whose scores are told"')
+    frame.on("keydown", visit.step, js_handler=KEYS)
+    with frame:
+        stage = ui.interactive_image(on_mouse=visit.hover, events=["mousemove", "click"]).classes("stage w-full")
     stage.props('alt="The picture with the words found in it"')
+    frame.bind_visibility_from(stage, "visible")
     stage.set_visibility(False)
     parts["stage"] = stage
-    parts["hover"] = ui.label("").classes("min-h-6").props('data-part="hover"')
+    parts["hover"] = ui.label("").classes("min-h-6").props('data-part="hover" role="status"')
     parts["legend"] = ui.row().classes("gap-4").props('role="list" aria-label="Words and their share of the picture"')
 
 

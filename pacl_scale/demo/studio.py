@@ -28,6 +28,10 @@ SIDE = 1000
 WORDS = 60
 """Most words of one search."""
 
+LONGEST = 16
+"""So many times longer than wide may a picture be: everybody waits while it passes the tower, and a strip of few pixels
+would ask for any number of patches."""
+
 LETTERS = 100
 """Most letters of one word."""
 
@@ -86,9 +90,11 @@ class Studio:
         """Decode a picture from anywhere and pass it through the tower.
 
         Raises:
-            UserError: it is no picture, is damaged or too large.
+            UserError: it is no picture, is damaged, too large, or far longer than wide.
         """
         picture = ImageOps.exif_transpose(open_picture(content, name, self.most_pixels)).convert("RGB")
+        if max(picture.size) > LONGEST * min(picture.size):
+            raise UserError(f"{name} is more than {LONGEST} times longer than wide; cut it, please")
         picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
         with self._lock, torch.no_grad():
             return Sheet(name, picture, see(picture, self.towers, self.method, self.protocol))

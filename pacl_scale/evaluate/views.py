@@ -107,23 +107,21 @@ def _starts(length: int, part: int, step: int) -> list[int]:
     return sorted({*range(0, length - part, step), length - part})
 
 
-def check_size(
-    size: tuple[int, int], name: str, vision: VisionEncoder, protocol: Protocol, most_patches: int = MOST_PATCHES
-) -> None:
+def check_size(size: tuple[int, int], name: str, vision: VisionEncoder, protocol: Protocol) -> None:
     """Refuse a picture of ``size`` (height, width) that would enter the tower at a size out of all proportion.
 
     Raises:
-        UserError: a view of it has more than ``most_patches``, or the resized picture over
+        UserError: a view of it has more than :data:`MOST_PATCHES` patches, or the resized picture over
             :data:`MOST_SHOWN_PIXELS` pixels; ``name`` is how the sentence calls it.
     """
     sides = (min(size), min(size)) if protocol.crop == "centre" else size
     for scale in protocol.scales:
         shown = protocol.input_size(*sides, vision.preprocess.image_size, vision.patch_size, scale)
         rows, columns = lattice_of(vision, protocol).grid(windows_box(shown, protocol, vision.patch_size))
-        if rows * columns > most_patches or shown[0] * shown[1] > MOST_SHOWN_PIXELS:
+        if rows * columns > MOST_PATCHES or shown[0] * shown[1] > MOST_SHOWN_PIXELS:
             raise UserError(
                 f"{name} ({size[1]} x {size[0]} pixels) would enter the vision tower as {shown[1]} x {shown[0]} pixels "
-                f"and {rows * columns} patches at a time, of which at most {most_patches} are allowed; cut it, or "
+                f"and {rows * columns} patches at a time, of which at most {MOST_PATCHES} are allowed; cut it, or "
                 "choose a smaller size or a larger stride"
             )
 

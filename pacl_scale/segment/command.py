@@ -18,7 +18,7 @@ from pacl_scale.evaluate.pictures import PICTURE_SUFFIXES, read_picture
 from pacl_scale.evaluate.protocol import Protocol
 from pacl_scale.look import check_protocol, find, see
 from pacl_scale.segment.frames import frames_of, is_video
-from pacl_scale.segment.results import upright, write_heat, write_masks, write_overlay
+from pacl_scale.segment.results import kind_of, upright, write_heat, write_masks, write_overlay
 
 PROG = "python -m pacl_scale.segment"
 logger = log.get_logger("pacl_scale.segment")
@@ -32,15 +32,16 @@ class SegmentConfig:
     """Run directory or checkpoint."""
 
     output: str | None = None
-    """PNG to write; not given, `<picture>.segmented.png` in the current directory. Of a folder or a video: the folder
-    for all results; not given, the current directory."""
+    """PNG or JPEG to write, by its suffix; not given, `<picture>.segmented.png` in the current directory. Of a folder
+    or a video: the folder for all results; not given, the current directory."""
 
     words_file: str | None = None
     """File of words, one a line, that are looked for after those on the command line."""
 
     masks: bool = False
     """Also write, beside the overlay, `.mask.png` (values are positions in the list of words, 255 is none of them) and
-    `.json` (words, shares, and each word's mask as COCO's uncompressed RLE)."""
+    `.json` (words, shares, and each word's mask as COCO's uncompressed RLE), of the picture's own size, turned as its
+    EXIF data say."""
 
     heat: bool = False
     """Also write a `.heat-N.png` for the Nth word (values 0 to 255 of a palette): how well it fits each part, on one
@@ -178,6 +179,8 @@ def segment_file(settings: SegmentConfig, address: str, words: Sequence[str]) ->
         UserError: no such file, not a picture, no checkpoint, an empty or repeated word.
     """
     asked = _asked(settings, words)
+    if settings.output:
+        kind_of(settings.output)
     picture = read_picture(address)
     stem = posixpath.splitext(posixpath.basename(address))[0]
     output = settings.output or f"{stem}.segmented.png"
@@ -230,7 +233,7 @@ def _segment_one(
     found = find(see(picture, towers, method, protocol), asked, towers, protocol, settings.threshold)
     labels_HW = np.where(found.labels_HW < len(words), found.labels_HW, overlay.NOTHING)
     shares = write_overlay(output, picture, labels_HW, words, settings.opacity)
-    stem = output.removesuffix(".png")
+    stem, _ = kind_of(output)
     heat = write_heat(stem, found, words) if settings.heat else {}
     if settings.masks or settings.heat:
         write_masks(stem, address, labels_HW, shares, {"heat": heat} if heat else {})

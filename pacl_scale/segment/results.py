@@ -2,6 +2,7 @@
 
 import io
 import json
+import posixpath
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pacl_scale import storage
+from pacl_scale.errors import UserError
 from pacl_scale.evaluate import overlay
 from pacl_scale.evaluate.heat import heat_png, small_size
 from pacl_scale.evaluate.masks import index_png, run_lengths
@@ -17,7 +19,10 @@ from pacl_scale.evaluate.protocol import Protocol
 from pacl_scale.look import Found, find, see
 
 MAX_SIDE = 1600
-"""Larger pictures are drawn at most this wide or high, in pixels; the tower sees less than that anyway."""
+"""The overlay is at most this wide or high, in pixels; masks have the picture's own size."""
+
+KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+"""Suffix of an overlay to its format."""
 
 HEAT_SIDE = 640
 """Longest side of heat maps in pixels."""
@@ -46,19 +51,33 @@ def draw(
 
 
 def upright(picture: Image.Image) -> Image.Image:
-    """The picture as its camera meant it to be seen, and no larger than :data:`MAX_SIDE`."""
-    turned = ImageOps.exif_transpose(picture)
-    turned.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-    return turned
+    """The picture as its camera meant it to be seen."""
+    return ImageOps.exif_transpose(picture)
+
+
+def kind_of(output: str) -> tuple[str, str]:
+    """Stem and format of an overlay's file name.
+
+    Raises:
+        UserError: its suffix is of no format that is written.
+    """
+    stem, suffix = posixpath.splitext(output)
+    if suffix.lower() not in KINDS:
+        raise UserError(f"{output}: the output's name must end in {', '.join(KINDS)}")
+    return stem, KINDS[suffix.lower()]
 
 
 def write_overlay(
     output: str, picture: Image.Image, labels_HW: np.ndarray, words: Sequence[str], opacity: float
 ) -> dict[str, float]:
-    """Write the overlay; returns each word's share of the picture."""
+    """Write the overlay, no larger than :data:`MAX_SIDE`; returns each word's share of the picture."""
     shares = {word: float((labels_HW == number).mean()) for number, word in enumerate(words)}
+    small = picture.copy()
+    small.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    if small.size != picture.size:
+        labels_HW = overlay.nearest(labels_HW, small.size)
     buffer = io.BytesIO()
-    draw(picture, labels_HW, words, shares, opacity).save(buffer, "PNG")
+    draw(small, labels_HW, words, shares, opacity).save(buffer, kind_of(output)[1], quality=92)
     storage.write_bytes(output, buffer.getvalue())
     return shares
 
@@ -66,7 +85,7 @@ def write_overlay(
 def write_masks(
     stem: str, address: str, labels_HW: np.ndarray, shares: dict[str, float], extra: dict[str, Any]
 ) -> None:
-    """Write ``stem.mask.png`` and ``stem.json``."""
+    """Write ``stem.mask.png`` and ``stem.json``, of the picture's own size, turned as its EXIF data say."""
     storage.write_bytes(f"{stem}.mask.png", index_png(labels_HW, overlay.colours(len(shares))))
     found = [
         {"word": word, "share": share, "rle": run_lengths(labels_HW == number)}
