@@ -7,12 +7,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from colours import install as install_towers
 from colours import write_captions, write_pictures, write_run
 from playwright.sync_api import sync_playwright
 
-from pacl_scale.errors import UserError
+from pacl_scale.errors import UserError, run_command
 from pacl_scale.evaluate import main as evaluate
 from pacl_scale.evaluate.rows import read_rows
 from pacl_scale.report import main, write_report
@@ -123,6 +124,14 @@ def test_page_shows_intervals_and_what_is_taken_for_what(run: Path) -> None:
     assert "green as red <script>alert(1)</script>" in pairs and "blue as" not in pairs
 
 
+def test_every_heading_says_the_protocol(run: Path) -> None:
+    text = " ".join(Page(whole_page(run)).text.split())
+    assert "Outlines: blocks, 6 pictures, protocol whole Protocol whole, short side 16, whole picture" in text
+    assert "patches of 4 every 4, no background rule, 7 prompts a word (paper), bfloat16" in text
+    assert "Protocol retrieval, short side 16" in text and "Protocol of texts: retrieval" in text
+    assert "open_clip_torch" in text
+
+
 def test_page_needs_nothing_from_anywhere(run: Path) -> None:
     html = whole_page(run)
     page = Page(html)
@@ -166,6 +175,62 @@ def test_page_shows_where_each_word_fits(run: Path) -> None:
     html = whole_page(run)
     assert html.count("<details>") == 3 and "Where each word fits, by PACL" in html
     assert re.search(r'aria-label="How well “green” fits each part of \d.png"', html)
+
+
+def test_page_shows_what_was_measured_while_it_trained(run: Path) -> None:
+    lines = [
+        {"step": step, "miou": step / 100, "image_to_text_R@1": 0.5, "text_to_image_R@1": step / 60}
+        for step in (20, 40, 60)
+    ]
+    store = fsspec.filesystem("memory")
+    for file, content in (
+        ("validation.jsonl", "\n".join(json.dumps(line) for line in lines) + '\n{"step": 80, "mi'),
+        ("metrics.jsonl", (run / "metrics.jsonl").read_text()),
+        ("config.yaml", "global_batch_size: 128\nsteps: 60\nseed: 3\n"),
+    ):
+        store.pipe_file(f"/bucket/run/{file}", content.encode())
+    (run / "validation.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    runs = {"pacl": "memory://bucket/run", "mean_pooled": str(run)}
+    html = Path(write_report(str(run / "r.html"), str(run), runs)).read_text()
+    text = " ".join(Page(html).text.split())
+    assert html.count("<svg") == 3 and "PACL, mIoU: 20.0 to 60.0 in 7,680 samples" in text
+    assert "Mean-pooled, R@1 text to picture: 33.3 to 100.0 in 7,680 samples" in text
+    assert "PACL: 4.84 to 4.25 in 7,680 samples" in text and "samples seen" in html
+    (run / "config.yaml").unlink()
+    text = Path(write_report(str(run / "r.html"), str(run), {"pacl": str(run)})).read_text()
+    assert "in 60 steps" in text and "samples seen" not in text, "without the batch size samples cannot be counted"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "complaint"),
+    [
+        ("examples.json", "{", "examples.json or a file beside it is damaged"),
+        ("examples.json", '{"examples": [{"rank": "best"}]}', "examples.json or a file beside it is damaged"),
+        ("00-best-pacl.png", "no picture", "examples.json or a file beside it is damaged"),
+        ("config.yaml", "a: [", "config.yaml is damaged"),
+        ("config.yaml", "[1]", "config.yaml is no configuration"),
+        ("report.json", "no JSON", "report.json is not JSON"),
+        ("report.json", "[1, 2]", "no report of a data preparation"),
+        ("report.json", '{"expected": "x", "got": 1}', "no report of a data preparation"),
+    ],
+)
+def test_damaged_files_end_in_one_sentence(
+    run: Path, file: str, content: str, complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "report.json").write_text('{"expected": 2, "got": 1}')
+    (damaged,) = [path for path in run.rglob(file)] or [run / file]
+    damaged.write_text(content)
+    assert run_command(lambda: main([str(run), f"preparation={run / 'report.json'}"])) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and complaint in said[0]
+
+
+def test_names_of_runs_cannot_become_markup(run: Path) -> None:
+    name = 'x"><script>alert(1)</script>'
+    with pytest.raises(UserError, match="names of methods hold"):
+        main([str(run), f"--runs={json.dumps({name: str(run)})}"])
+    html = Path(write_report(str(run / "r.html"), str(run), {name: str(run)})).read_text()
+    assert "<script>alert(1)" not in html
 
 
 def test_published_figures_stand_beside_with_their_differences(run: Path) -> None:
