@@ -177,7 +177,7 @@ def test_hover_tells_every_words_score(page: Page, place: Path) -> None:
     for _ in range(16):
         page.keyboard.press("ArrowUp")
     page.get_by_text(re.compile(r"^Here: red 0\.\d\d, ")).wait_for()
-    assert page.locator(".stage svg circle").count() == 2
+    page.locator(".stage svg circle").nth(1).wait_for()
     for _ in range(16):
         page.keyboard.press("ArrowDown")
     page.get_by_text(re.compile(r"^Here: blue 0\.\d\d, ")).wait_for()

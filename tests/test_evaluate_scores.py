@@ -12,7 +12,7 @@ from pacl_scale.errors import UserError
 from pacl_scale.evaluate import labels as labels_module
 from pacl_scale.evaluate.classes import NOT_SCORED, ClassGroup, ClassList, read_class_list
 from pacl_scale.evaluate.counts import Confusion, per_class_table
-from pacl_scale.evaluate.labels import best_class
+from pacl_scale.evaluate.labels import best_class, label_pixels
 from pacl_scale.evaluate.protocol import Protocol, class_vectors
 from pacl_scale.evaluate.retrieval import recalls
 from pacl_scale.evaluate.segmentation import oracle_labels
@@ -95,6 +95,26 @@ def test_upsampling_in_portions_is_upsampling_at_once(portion: int, monkeypatch:
     labels, best = best_class(scores, 33, 21)
     torch.testing.assert_close(labels, whole.argmax(0))
     torch.testing.assert_close(best, whole.amax(0))
+
+
+def test_large_pictures_are_upsampled_few_classes_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = torch.randn(40, 6, 8, generator=torch.Generator().manual_seed(0))
+    portions: list[int] = []
+
+    def portion_of(classes: slice) -> torch.Tensor:
+        portions.append(len(scores[classes]))
+        return scores[classes]
+
+    best, largest = scores.argmax(0), []
+    for values in (1, 48 * 7, 48 * 1000):
+        monkeypatch.setattr(labels_module, "VALUES_AT_ONCE", values)
+        portions.clear()
+        for background in ("cosine", "entropy"):
+            rule = Protocol(background=background, background_threshold=-9.0 if background == "cosine" else 99.0)
+            torch.testing.assert_close(label_pixels(portion_of, 40, rule, background=40)[0], best)
+        assert sum(portions) == 2 * 40
+        largest.append(max(portions))
+    assert largest == [1, 7, 32]
 
 
 def test_oracle_is_the_majority_of_each_patch() -> None:

@@ -56,6 +56,8 @@ class Visit:
     """Requests that are not answered yet."""
     pointer: tuple[float, float] | None = None
     """Where the pointer was last seen on the picture, in its pixels."""
+    marked: bool = False
+    """Whether the keyboard moved it there: a ring then shows where."""
     parts: dict[str, Any] = field(default_factory=dict)
 
     async def take(self, content: bytes, name: str) -> None:
@@ -63,7 +65,7 @@ class Visit:
         sheet = await self._latest(self.studio.open, content, name)
         if sheet is None:
             return
-        self.sheet, self.answer, self.pointer = sheet, None, None
+        self.sheet, self.answer, self.pointer, self.marked = sheet, None, None, False
         self._complain("")
         await self.look()
 
@@ -126,7 +128,7 @@ class Visit:
 
     def hover(self, event: events.MouseEventArguments) -> None:
         """Say how well each word fits the place under the pointer."""
-        self.pointer = (event.image_x, event.image_y)
+        self.pointer, self.marked = (event.image_x, event.image_y), False
         self._say()
 
     def step(self, event: events.GenericEventArguments) -> None:
@@ -137,14 +139,14 @@ class Visit:
         right, down = ARROWS[event.args]
         x, y = self.pointer or (width / 2, height / 2)
         self.pointer = min(max(x + right * width / 20, 0), width - 1), min(max(y + down * height / 20, 0), height - 1)
-        self._say(marked=True)
+        self.marked = True
+        self._say()
 
-    def _say(self, marked: bool = False) -> None:
+    def _say(self) -> None:
         scores = self.answer.at(*self.pointer) if self.answer is not None and self.pointer is not None else []
         said = "Here: " + ", ".join(f"{word} {score:.2f}" for word, score in scores[:SCORES])
         self.parts["hover"].set_text(said if scores else HINT)
-        # A keyboard has no pointer of its own.
-        shown = marked and self.sheet is not None and self.pointer is not None
+        shown = self.marked and self.sheet is not None and self.pointer is not None
         self.parts["stage"].set_content(_ring(self.pointer, self.sheet.picture.size) if shown else "")  # type: ignore
 
     def _offer(self, answer: Answer) -> None:

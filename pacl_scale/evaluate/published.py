@@ -145,6 +145,9 @@ def differences(figure: Published, row: Row) -> tuple[str, ...]:
     for key in COMPARED:
         theirs = figure.protocol.get(key)
         ours = _shown(row.protocol.get(key))
+        if ours == "0":
+            # Neither a window nor a distance between two.
+            ours = "none"
         if theirs == NOT_STATED:
             found.append(f"{key}: {ours} here, {NOT_STATED} there")
         elif theirs is not None and _shown(theirs) != ours:
@@ -181,4 +184,6 @@ def _plain(name: str) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(f"{part:g}" for part in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)
