@@ -74,9 +74,13 @@ def write_run(
     step: int = 7,
     loss: Mapping[str, Any] | None = None,
     towers: Mapping[str, Any] | None = None,
+    beside: Mapping[str, Tensor] | None = None,
     **vision: Any,
 ) -> Path:
-    """A run with a checkpoint whose embedder passes colours through (or takes red for green, if not ``right``)."""
+    """A run with a checkpoint whose embedder passes colours through (or takes red for green, if not ``right``).
+
+    ``beside`` are other weights in the checkpoint.
+    """
     embedder = build_embedder(EmbedderConfig(), 3, width_out)
     for parameter in embedder.parameters():
         torch.nn.init.zeros_(parameter)
@@ -90,6 +94,7 @@ def write_run(
         "loss": {"attention_scale": 10.0, "pooling": "cosine"} | dict(loss or {}),
     }
     master = {f"embedder.{name}": weight for name, weight in embedder.state_dict().items()}
+    master |= beside or {}
     state = {"master": master, "exp_avg": {}, "exp_avg_sq": {}}
     made_for = towers or {"vision": {"colours": True}, "text": {"colours": True}}
     info = {"config": config, "width_in": 3, "width_out": width_out, "data": {}, "towers": made_for}

@@ -218,7 +218,11 @@ def test_other_settings_do_not_find_the_counts(blocks: Path, monkeypatch: pytest
     first = figures(rows_of(blocks, "out"))
     again = install_towers(monkeypatch)
     assert figures(rows_of(blocks, "out")) == first and again.pictures_encoded == 0
-    # Other weights at the same place and step, as after a training that was done anew.
+    # Other weights at the same place and step, as after a training that was done anew, if only in parts of a tower.
+    shutil.rmtree(blocks / "run" / "checkpoints")
+    write_run(blocks / "run", beside={"tail.weight": torch.ones(2)})
+    assert figures(rows_of(blocks, "out")) != first and again.pictures_encoded == 7
+    again.pictures_encoded = 0
     shutil.rmtree(blocks / "run" / "checkpoints")
     write_run(blocks / "run", right=False)
     assert figures(rows_of(blocks, "out")) != first

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from pacl_scale import storage
+from pacl_scale import checkpoint, storage
 from pacl_scale.errors import UserError
 from pacl_scale.evaluate.methods import Method, Towers
 
@@ -89,7 +89,10 @@ def digest(values: Any) -> str:
 
 
 def checkpoint_of(method: Method) -> dict[str, Any]:
-    """Where a method's weights come from, and a digest of them: a path and a step may be trained anew."""
+    """Where a method's weights come from, and a digest of them: a path and a step may be trained anew.
+
+    The checkpoint's own checksum counts too, for what it holds beside the embedder: trained parts of the towers.
+    """
     modules = [getattr(method, f.name) for f in dataclasses.fields(method)]
     total = hashlib.sha256()
     for module in modules:
@@ -97,6 +100,9 @@ def checkpoint_of(method: Method) -> dict[str, Any]:
             for name, tensor in sorted(module.state_dict().items()):
                 total.update(name.encode())
                 total.update(tensor.detach().cpu().contiguous().float().numpy().tobytes())
+    path = str(method.checkpoint.get("path", ""))
+    if path and storage.exists(storage.join(path, checkpoint.STATE)):
+        total.update(checkpoint.read_state(path)["sha256"].get(checkpoint.MODEL, "").encode())
     has_weights = any(isinstance(module, nn.Module) and module.state_dict() for module in modules)
     return method.checkpoint | ({"weights": total.hexdigest()[:16]} if has_weights else {})
 
