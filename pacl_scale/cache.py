@@ -114,7 +114,7 @@ def cache(settings: CacheConfig, world: World) -> SampleIndex | None:
         text = build_text(settings.text, world.device, precision) if settings.text_vectors else None
         kept = vector_format(settings.text, text) if text else None
         layout = Layout(probe_format(vision, settings.dtype), kept)
-        claim_output(settings, layout, len(stream), world)
+        claim_output(settings, layout, stream.indexes[0], world)
         shards = -(-len(stream) // settings.shard_samples)
         names = [f"{number:05d}.tar" for number in range(shards)]
         present = set(list_shards(settings.output))
@@ -159,11 +159,11 @@ def probe_format(vision: VisionEncoder, dtype: str) -> FeatureFormat:
     return FeatureFormat(tokens_BTD.shape[1], tokens_BTD.shape[2], grid, dtype, vision.fingerprint())
 
 
-def claim_output(settings: CacheConfig, layout: Layout, samples: int, world: World) -> None:
+def claim_output(settings: CacheConfig, layout: Layout, source: SampleIndex, world: World) -> None:
     """Write what the output is to hold, or make sure that it is what an earlier start wrote there."""
     url = storage.join(settings.output, PLAN_NAME)
-    plan = {"source": settings.data.root, "samples": samples, "shard_samples": settings.shard_samples}
-    plan |= layout.to_dict()
+    plan = {"source": settings.data.root, "samples": len(source), "index": source.identity}
+    plan |= {"shard_samples": settings.shard_samples, "precision": settings.precision} | layout.to_dict()
     if world.is_main and not storage.exists(url):
         if storage.exists(storage.join(settings.output, INDEX_NAME)):
             raise UserError(f"{settings.output} holds another data set; choose another output")

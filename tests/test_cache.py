@@ -217,7 +217,7 @@ def test_ranks_share_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     config = settings(tmp_path / "pairs", tmp_path / "out")
     tokens = cache_module.probe_format(Squares(), "int8")  # type: ignore[arg-type]
     layout = cache_module.Layout(tokens, cache_module.vector_format(config.text, Letters()))
-    cache_module.claim_output(config, layout, 40, ALONE)
+    cache_module.claim_output(config, layout, SampleIndex.load(str(tmp_path / "pairs")), ALONE)
     assert cache(config, World(1, 2, 1, torch.device("cpu"))) is None
     assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["00001.tar", "00003.tar"]
     index = cache(config, World(0, 2, 0, torch.device("cpu")))
@@ -264,6 +264,11 @@ def test_two_caches_are_never_mixed(tmp_path: Path) -> None:
     cache(settings(tmp_path / "pairs", tmp_path / "out"), ALONE)
     with pytest.raises(UserError, match="holds a cache that differs in dtype; choose another output"):
         cache(settings(tmp_path / "pairs", tmp_path / "out", dtype="bfloat16"), ALONE)
+    with pytest.raises(UserError, match="differs in precision; choose"):
+        cache(settings(tmp_path / "pairs", tmp_path / "out", precision="fp32"), ALONE)
+    write_pairs(tmp_path / "pairs", [8], first=8)
+    with pytest.raises(UserError, match="differs in index; choose"):
+        cache(settings(tmp_path / "pairs", tmp_path / "out"), ALONE)
     with pytest.raises(UserError, match="holds patch tokens already"):
         cache(settings(tmp_path / "out", tmp_path / "again"), ALONE)
     with pytest.raises(ValueError, match="as they are"):

@@ -20,6 +20,17 @@ def test_captions_come_from_json_or_txt() -> None:
     assert read_texts({"txt": "gr\u00fcn \ud83d".encode("utf-8", "surrogatepass")}) is not None
 
 
+def test_json_that_is_nested_without_end_is_no_caption() -> None:
+    assert read_texts({"txt": b"ok", "json": b"[" * 100_000}) is None
+
+
+def test_half_a_surrogate_pair_can_be_written_down() -> None:
+    """JSON may hold one; neither a file nor a tokeniser takes it. What the text means does not change."""
+    texts = read_texts({"json": rb'{"captions": ["a \ud83d dog"], "nouns": ["\udc00"]}'})
+    assert texts == PictureTexts(["a ? dog"], ["?"])
+    assert text_id(texts.captions[0]) == text_id("a \ud83d dog")
+
+
 @pytest.mark.parametrize(
     "members",
     [{}, {"txt": b" \n"}, {"txt": b"ok", "json": b"{"}, {"json": b"[]"}, {"json": b'{"captions": "abc"}'}],

@@ -148,6 +148,16 @@ def test_what_is_no_picture_says_why(content: bytes, cause: str) -> None:
         decode(content, Preprocess(16, MEAN, STD), PictureConfig(), None)
 
 
+def test_a_thin_picture_is_refused_before_it_grows() -> None:
+    """88 bytes that would take two gigabytes."""
+    for format in ("PNG", "JPEG"):
+        for width, height in ((1, 3000), (3000, 1)):
+            content, preprocess = encoded(smooth(width, height), format), Preprocess(224, MEAN, STD)
+            for config in (PictureConfig(), EXACT):
+                with pytest.raises(BadPicture, match="^picture too thin$"):
+                    decode(content, preprocess, config, None)
+
+
 def test_noise_in_a_picture_never_fails_otherwise() -> None:
     rng = np.random.default_rng(0)
     for format in ("JPEG", "PNG", "WEBP", "GIF", "BMP"):

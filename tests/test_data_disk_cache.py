@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from test_data_stream import config, open_stream, rows_of
 
 from pacl_scale.data import disk_cache
-from pacl_scale.data.disk_cache import COUNT_NAME, CRC_BYTES, CachedClient, DiskCache
+from pacl_scale.data.disk_cache import COUNT_NAME, CRC_BYTES, FOLDER_NAME, CachedClient, DiskCache
 from pacl_scale.data.ranges import Piece
 from pacl_scale.data.reader import ReadConfig
 from pacl_scale.errors import UserError
 
 BLOCK = 100
+BLOCKS = f"{FOLDER_NAME}/*/*"
+SHARD = "0123456789abcdef" * 2
 CONTENT = np.random.default_rng(0).bytes(1050)
 
 
@@ -46,7 +48,7 @@ def client_of(store: Store, folder: Path, bound: int = 10_000) -> CachedClient:
 
 def used(folder: Path) -> int:
     total = 0
-    for path in folder.glob("*/*"):
+    for path in folder.glob(BLOCKS):
         with contextlib.suppress(FileNotFoundError):  # another process has just thrown it away
             total += path.stat().st_size
     return total
@@ -87,19 +89,37 @@ def test_any_reads_give_the_bytes_within_any_bound(
 def test_the_least_recently_read_goes_first(tmp_path: Path) -> None:
     cache = DiskCache(str(tmp_path), 5 * (BLOCK + CRC_BYTES))
     for number in range(5):
-        cache.put("shard", number, bytes([number]) * BLOCK)
-        os.utime(tmp_path / "shard" / str(number), (number + 1, number + 1))
-    assert cache.get("shard", 0, BLOCK) == bytes(BLOCK)  # so 1 is the oldest now
-    cache.put("shard", 5, bytes(BLOCK))
-    assert sorted(path.name for path in tmp_path.glob("shard/*")) == ["0", "2", "3", "4", "5"]
-    assert int((tmp_path / COUNT_NAME).read_text()) == used(tmp_path)
+        cache.put(SHARD, number, bytes([number]) * BLOCK)
+        os.utime(tmp_path / FOLDER_NAME / SHARD / str(number), (number + 1, number + 1))
+    assert cache.get(SHARD, 0, BLOCK) == bytes(BLOCK)  # so 1 is the oldest now
+    cache.put(SHARD, 5, bytes(BLOCK))
+    assert sorted(path.name for path in tmp_path.glob(BLOCKS)) == ["0", "2", "3", "4", "5"]
+    assert int((tmp_path / FOLDER_NAME / COUNT_NAME).read_text()) == used(tmp_path)
+
+
+def test_files_of_others_are_never_thrown_away(tmp_path: Path) -> None:
+    """A scratch disk that others use, and somebody's files even among the blocks."""
+    theirs = [tmp_path / "alice" / "thesis.tex", tmp_path / FOLDER_NAME / "alice" / "7", tmp_path / "7"]
+    for path in theirs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(300))
+        os.utime(path, (1, 1))
+    cache = DiskCache(str(tmp_path), 3 * (BLOCK + CRC_BYTES))
+    left_over = tmp_path / FOLDER_NAME / SHARD / "3.0123abcd.part"
+    left_over.parent.mkdir()
+    left_over.write_bytes(bytes(300))
+    for number in range(5):
+        cache.put(SHARD, number, bytes(BLOCK))
+    assert all(path.exists() for path in theirs)
+    assert not left_over.exists()
+    assert cache.get(SHARD, 4, BLOCK) == bytes(BLOCK)
 
 
 @pytest.mark.parametrize("damage", ["short", "long", "changed", "empty"])
 def test_a_damaged_block_is_read_again(tmp_path: Path, damage: str) -> None:
     client = client_of(Store(), tmp_path)
     client.get("0.tar", 0, 100)
-    (path,) = tmp_path.glob("*/*")
+    (path,) = tmp_path.glob(BLOCKS)
     whole = path.read_bytes()
     changed = {"short": whole[:-1], "long": whole + b"x", "changed": b"?" + whole[1:], "empty": b""}[damage]
     path.write_bytes(changed)
@@ -142,8 +162,8 @@ def test_processes_share_a_folder_and_its_bound(tmp_path: Path) -> None:
         child.join(60)
     assert [child.exitcode for child in children] == [0, 0, 0]
     assert 0 < used(tmp_path) <= 600
-    assert int((tmp_path / COUNT_NAME).read_text()) == used(tmp_path)
-    assert not list(tmp_path.glob("*/*.part"))
+    assert int((tmp_path / FOLDER_NAME / COUNT_NAME).read_text()) == used(tmp_path)
+    assert not list(tmp_path.glob(f"{BLOCKS}.part"))
 
 
 def test_a_full_disk_costs_the_cache_and_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

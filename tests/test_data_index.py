@@ -147,6 +147,30 @@ def test_what_is_no_index_is_refused(tmp_path: Path, content: bytes) -> None:
         SampleIndex.load(str(tmp_path))
 
 
+def test_noise_in_an_index_is_a_sentence_or_changes_nothing(tmp_path: Path) -> None:
+    whole = write_pairs(tmp_path, [300, 20])
+    path, rng = tmp_path / INDEX_NAME, random.Random(0)
+    content, refused = path.read_bytes(), 0
+    for _ in range(200):
+        noisy = bytearray(content)
+        for _ in range(rng.randrange(1, 4)):
+            noisy[rng.randrange(len(noisy))] = rng.randrange(256)
+        path.write_bytes(noisy)
+        try:
+            index = SampleIndex.load(str(tmp_path))
+        except UserError as error:
+            assert "cannot be used as an index" in str(error)
+            refused += 1
+            continue
+        assert all(np.array_equal(getattr(index, name), getattr(whole, name)) for name in ("offset", "length", "key"))
+        assert (index.shards, index.kind, index.extra) == (whole.shards, whole.kind, whole.extra)
+    assert 100 < refused < 200
+    # Noise seldom meets the few bytes that name the shards.
+    path.write_bytes(content.replace(b"00001.tar", b"00007.tar"))
+    with pytest.raises(UserError, match="its metadata is damaged"):
+        SampleIndex.load(str(tmp_path))
+
+
 def test_missing_index_and_missing_tars(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no index\.parquet; run the index step"):
         SampleIndex.load(str(tmp_path))

@@ -14,7 +14,7 @@ from pacl_scale.data.index import SampleIndex, build_index
 from pacl_scale.data.ranges import Closed, FileClient, PassingFault, Piece, ShardReader
 from pacl_scale.data.reader import ReadConfig
 from pacl_scale.data.stream import PairStream
-from pacl_scale.errors import UserError
+from pacl_scale.errors import RunFailed, UserError
 from pacl_scale.quickstart.store import ObjectStore
 
 # One request in few must be spoiled, and a spoiled one be tried again soon.
@@ -130,9 +130,30 @@ def test_a_store_that_stays_broken_ends_the_run(
     with FaultyProxy(store.endpoint, share=1.0, faults=("503",)) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         reader = ShardReader(index, 1, 1.0, retries=2)
-        with pytest.raises(UserError, match=r"00000\.tar: the store still fails after 3 tries \(503 SlowDown\)"):
+        with pytest.raises(RunFailed, match=r"00000\.tar: the store still fails after 3 tries \(503 SlowDown\)"):
             reader.read(0, 0, 512)
         assert proxy.requests == 3
+
+
+@pytest.mark.s3
+def test_a_body_that_botocore_finds_incomplete_is_asked_for_again(
+    bucket: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from botocore.exceptions import IncompleteReadError
+    from botocore.response import StreamingBody
+
+    whole, failures = StreamingBody.read, [IncompleteReadError(actual_bytes=1, expected_bytes=2)]
+
+    def read(self: StreamingBody, amt: int | None = None) -> bytes:
+        if failures:
+            raise failures.pop()
+        return whole(self, amt)
+
+    index = SampleIndex.load(bucket[0])
+    monkeypatch.setattr(StreamingBody, "read", read)
+    reader = ShardReader(index, 1, 5.0, retries=1)
+    assert reader.read(0, 0, 512) == (bucket[1] / "00000.tar").read_bytes()[:512]
+    assert reader.retried == {"IncompleteReadError": 1}
 
 
 @pytest.mark.s3
@@ -192,12 +213,21 @@ def test_waits_grow_and_end_when_the_stream_is_closed(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(FileClient, "get", fail)
     reader = ShardReader(index, 1, 1.0, retries=3)
-    with pytest.raises(UserError, match=r"after 4 tries \(EIO\)"):
+    with pytest.raises(RunFailed, match=r"after 4 tries \(EIO\)"):
         reader.read(0, 0, 512)
     waits = [b - a for a, b in zip(tries, tries[1:], strict=False)]
     assert len(waits) == 3
     assert all(0.05 * 2**n <= wait < 0.1 * 2**n + 0.2 for n, wait in enumerate(waits))
     assert reader.retried == {"EIO": 4}
+
+    def fail_otherwise(self: FileClient, name: str, start: int, stop: int) -> Piece:
+        raise ConnectionAbortedError("no reason")
+
+    # An error that no client names as passing is given the same patience.
+    monkeypatch.setattr(FileClient, "get", fail_otherwise)
+    other = ShardReader(index, 1, 1.0, retries=1)
+    with pytest.raises(RunFailed, match=r"after 2 tries \(ConnectionAbortedError\)"):
+        other.read(0, 0, 512)
     reader.close()
     with pytest.raises(Closed):
         reader.read(0, 0, 512)

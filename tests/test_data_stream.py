@@ -1,6 +1,9 @@
 """The stream: exact, elastic, resumable to the bit, and clear about what it cannot use."""
 
+import dataclasses
+import json
 import multiprocessing
+import queue
 import signal
 import subprocess
 import sys
@@ -133,6 +136,39 @@ def test_another_batch_size_goes_on_with_the_samples_not_yet_seen(pairs: Path) -
 def test_a_state_of_another_seed_is_refused(pairs: Path) -> None:
     with open_stream(config(pairs), 4) as stream, pytest.raises(UserError, match="ordered by seed 8, not 7"):
         stream.load_state({"seed": 8, "position": 0, "own_positions": {}})
+
+
+def test_a_state_of_another_chunk_or_window_is_refused(pairs: Path) -> None:
+    take(config(pairs), 8, 1)
+    for name in ("chunk_samples", "window_chunks"):
+        read = dataclasses.replace(READ, **{name: 9})
+        with (
+            open_stream(config(pairs, read=read), 4) as stream,
+            pytest.raises(UserError, match=rf"ordered with read\.{name} \d, not 9"),
+        ):
+            stream.load_state(take.state)  # type: ignore[attr-defined]
+
+
+def test_a_data_set_is_known_by_its_samples_wherever_it_lies(tmp_path: Path) -> None:
+    """Moved, or named with a slash at its end, it goes on; with other samples in its index it does not."""
+    write_pairs(tmp_path / "a", [20, 20])
+    keys = [row[0] for batch in take(config(f"{tmp_path}/a/"), 8, 2) for row in batch]
+    state = json.loads(json.dumps(take.state))  # type: ignore[attr-defined]
+    (tmp_path / "a").rename(tmp_path / "moved")
+    keys += [row[0] for batch in take(config(tmp_path / "moved"), 8, 3, state=state) for row in batch]
+    assert sorted(map(int, keys)) == list(range(40))
+    # In a mixture it goes on as well, and what is new begins at its start.
+    write_pairs(tmp_path / "new", [30], first=100)
+    mixed = config("", mix={str(tmp_path / "moved"): 1.0, str(tmp_path / "new"): 1.0})
+    later = [int(row[0]) for batch in take(mixed, 8, 6, state=state) for row in batch]
+    assert {f"{n:07d}" for n in later if n < 100} == set(keys[16:])
+    # As many samples in as many shards, but one is another; and a data set of which the state knows nothing.
+    write_pairs(tmp_path / "a", [20, 19])
+    write_tar(tmp_path / "a" / "00001.tar", [sample(n) for n in range(21, 41)])
+    build_index(str(tmp_path / "a"))
+    for root, message in ((f"{tmp_path}/a/", "was indexed anew and holds"), (tmp_path / "new", "holds other samples")):
+        with open_stream(config(root), 8) as stream, pytest.raises(UserError, match=message):
+            stream.load_state(state)
 
 
 def test_ordered_mode_holds_every_sample_once_with_its_first_caption(pairs: Path) -> None:
@@ -296,6 +332,40 @@ def test_threads_end_with_the_stream_and_errors_come_through(pairs: Path) -> Non
         for _ in stream:
             raise RuntimeError("by the user")
     assert threading.active_count() == before
+
+
+def test_an_iterator_ends_when_the_stream_is_closed_or_goes_elsewhere(pairs: Path) -> None:
+    """And does not hand out what was made before, nor wait for ever."""
+    with open_stream(config(pairs), 6) as stream:
+        state = stream.state_after(next(iter(stream)))
+        for leave in (stream.close, lambda: stream.load_state(state), lambda: next(iter(stream))):
+            old = iter(stream)
+            next(old)
+            leave()
+            before = stream.position
+            with pytest.raises(RuntimeError, match="iterate it anew"):
+                next(old)
+            assert stream.position == before
+        old = iter(stream)
+        next(old)
+        waiting, found = threading.Event(), []
+        run = stream._running
+        assert run is not None
+        run._batches.get = lambda: (waiting.set(), queue.Queue.get(run._batches))[1]  # type: ignore[method-assign]
+
+        def consume() -> None:
+            try:
+                for _ in old:
+                    pass
+            except RuntimeError as error:
+                found.append(str(error))
+
+        consumer = threading.Thread(target=consume)
+        consumer.start()
+        assert waiting.wait(30)
+        stream.close()
+        consumer.join(30)
+        assert found == ["the stream was closed or moved while it was iterated; iterate it anew"]
 
 
 def send_keys(root: Path, queue: Any) -> None:

@@ -60,7 +60,7 @@ def read_texts(members: Mapping[str, bytes | memoryview]) -> PictureTexts | None
     """
     try:
         meta: Any = json.loads(bytes(members.get("json", b"{}")))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     meta = meta if isinstance(meta, dict) else {}
     captions = _strings(meta.get("captions"))
@@ -105,5 +105,11 @@ def _strings(values: Any) -> list[str]:
     """Clean, non-empty strings of an untrusted JSON value."""
     if not isinstance(values, Sequence) or isinstance(values, str):
         return []
-    texts = (" ".join(value[:LONGEST_CAPTION].split()) for value in values[:MOST_TEXTS] if isinstance(value, str))
+    texts = (_clean(value) for value in values[:MOST_TEXTS] if isinstance(value, str))
     return list(dict.fromkeys(text for text in texts if text))
+
+
+def _clean(text: str) -> str:
+    """Cut to size, with single spaces, and with half of a surrogate pair, which JSON may hold but no file and no
+    tokeniser takes, as a question mark."""
+    return " ".join(text[:LONGEST_CAPTION].encode("utf-8", "replace").decode().split())

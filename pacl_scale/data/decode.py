@@ -82,7 +82,7 @@ def decode(
         (image_size, image_size, 3) uint8 RGB; a view of any strides.
 
     Raises:
-        BadPicture: not a picture, cut short, or too large.
+        BadPicture: not a picture, cut short, too large, or so thin that it would be when it is resized.
     """
     pixels = _read_jpeg(content, preprocess.image_size, config.exact) if content[:3] == b"\xff\xd8\xff" else None
     pixels = _read_any(content) if pixels is None else pixels
@@ -164,10 +164,14 @@ def _resize_fast(pixels_HWC: np.ndarray, height: int, width: int, interpolation:
 
 
 def _shortest_size(height: int, width: int, target: int) -> tuple[int, int]:
-    """Height and width with the shorter side at ``target``, rounded as torchvision's ``Resize`` does."""
-    if width <= height:
-        return int(target * height / width), target
-    return target, int(target * width / height)
+    """Height and width with the shorter side at ``target``, rounded as torchvision's ``Resize`` does.
+
+    Raises BadPicture where the longer one grows beyond all use: a line of a few bytes would take gigabytes.
+    """
+    longer = int(target * max(height, width) / min(height, width))
+    if longer * target > MOST_PIXELS:
+        raise BadPicture("picture too thin")
+    return (longer, target) if width <= height else (target, longer)
 
 
 def _centre_square(pixels_HWC: np.ndarray, target: int) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Blocks of remote shards kept on a local disk, within a bound, for all processes of the machine.
 
 Ranges differ from epoch to epoch and from rank to rank, so what is kept is not the ranges but the aligned blocks that
-they touch: ``<folder>/<shard and version>/<block number>``, each with its CRC at the end. A block's age is that of its
+they touch: ``<folder>/pacl-blocks/<shard and version>/<block number>``, each with its CRC at the end. Nothing else in
+the folder, which may be a scratch disk that others use, is ever touched. A block's age is that of its
 file, which a reader renews; the oldest go when the bound is reached. The bytes in use are counted in one file under a
 lock, so that the bound holds for all processes together; a count that a killed process left too high is put right when
 blocks are next thrown away.
@@ -9,6 +10,7 @@ blocks are next thrown away.
 
 import fcntl
 import os
+import re
 import struct
 import threading
 import uuid
@@ -31,15 +33,18 @@ BLOCK_BYTES = 1 << 20
 CRC_BYTES = 4
 LEFT_AFTER_CLEANING = 0.9
 """Share of the bound that is kept when the oldest blocks go, so that they go many at a time."""
+FOLDER_NAME = "pacl-blocks"
 COUNT_NAME = "bytes"
 PARTIAL = ".part"
+OWN_FILE = re.compile(r"[0-9a-f]{32}/[0-9]+(\.[0-9a-f]{8}\.part)?")
+"""What may be thrown away: blocks, and what a killed process left of one."""
 
 
 class DiskCache:
     """A folder of blocks, shared by any number of threads and processes of this machine.
 
     Args:
-        folder: made if need be.
+        folder: made if need be; the blocks lie in a folder of their own in it.
         bound: bytes that all blocks together may take.
 
     Raises:
@@ -47,7 +52,7 @@ class DiskCache:
     """
 
     def __init__(self, folder: str, bound: int) -> None:
-        self.folder, self.bound = Path(folder), bound
+        self.folder, self.bound = Path(folder) / FOLDER_NAME, bound
         self._warned = False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -102,6 +107,8 @@ class DiskCache:
         """Throw away the oldest blocks; the bytes that are left. The lock is held."""
         found = []
         for path in self.folder.glob("*/*"):
+            if not OWN_FILE.fullmatch(path.relative_to(self.folder).as_posix()):
+                continue
             try:
                 status = path.stat()
             except OSError:

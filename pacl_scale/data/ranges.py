@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from pacl_scale import storage
 from pacl_scale.data.disk_cache import CachedClient, DiskCache
 from pacl_scale.data.index import SampleIndex
-from pacl_scale.errors import UserError
+from pacl_scale.errors import RunFailed, UserError
 
 FIRST_DELAY_S = 0.1
 LONGEST_DELAY_S = 10.0
@@ -88,7 +88,8 @@ class ShardReader:
 
         Raises:
             ShardChanged: the shard is gone, or no longer the one that was indexed.
-            UserError: the store refuses, or still fails after all tries.
+            UserError: the store refuses.
+            RunFailed: it still fails after all tries; an outage is no mistake of the user, and passes.
             Closed: :meth:`close` was called meanwhile.
         """
         url = self.url(shard)
@@ -103,6 +104,8 @@ class ShardReader:
                 return piece.content
             except PassingFault as fault:
                 self._wait(url, attempt, fault)
+            except storage.StoreUnavailable as error:
+                self._wait(url, attempt, PassingFault(type(error.__cause__).__name__))
             except UserError as error:
                 if isinstance(error.__cause__, FileNotFoundError):
                     raise ShardChanged(f"{url} was indexed but is gone; run the index step again") from error
@@ -144,7 +147,7 @@ class ShardReader:
         with self._lock:
             self.retried[str(fault)] += 1
         if attempt == self._retries:
-            raise UserError(f"{url}: the store still fails after {attempt + 1} tries ({fault})") from fault
+            raise RunFailed(f"{url}: the store still fails after {attempt + 1} tries ({fault})") from fault
         longest = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2**attempt)
         if self._closing.wait(random.uniform(longest / 2, longest)):
             raise Closed

@@ -4,11 +4,13 @@ What a batch holds is decided by (seed, position) alone: which samples, in which
 and which patches. Neither the number of ranks or threads nor the moment of a restart makes a difference.
 """
 
+import os
 import queue
 import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +38,8 @@ SAMPLES_A_TASK = 8
 """Samples that a decode thread takes at a time: enough that handing them out costs nothing."""
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+
+CLOSED = "the stream was closed or moved while it was iterated; iterate it anew"
 
 JUDGED_FROM = 100
 """Samples after which the share of skipped ones is judged."""
@@ -159,19 +163,31 @@ class PairStream:
         """Where the stream is when ``batch`` is done, as plain JSON: give it to :meth:`load_state` of a stream with
         any number of ranks, threads, or samples a batch."""
         own = self._mixture.own_positions(batch.position_after).tolist()
-        own_positions = dict(zip(self.config.weights, own, strict=True))
-        return {"seed": self.seed, "position": batch.position_after, "own_positions": own_positions}
+        return {
+            "seed": self.seed,
+            "position": batch.position_after,
+            "own_positions": dict(zip(self.config.weights, own, strict=True)),
+            "indexes": {name: i.identity for name, i in zip(self.config.weights, self.indexes, strict=True)},
+            "chunk_samples": self.config.read.chunk_samples,
+            "window_chunks": self.config.read.window_chunks,
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where another stream was. A data set that was not in its mixture begins at its start.
+        """Go on where another stream was. A data set that moved is known by its index; one that was not in the mixture
+        begins at its start.
 
         Raises:
-            UserError: the state belongs to another seed, so to another order.
+            UserError: the state belongs to another order (another seed, chunk or window, an index that was written
+                anew and names other samples), or to none of these data sets.
         """
         if state["seed"] != self.seed:
             raise UserError(f"the data was ordered by seed {state['seed']}, not {self.seed}; resume with the same seed")
+        for name in ("chunk_samples", "window_chunks"):
+            before, now = state.get(name), getattr(self.config.read, name)
+            if before not in (None, now):
+                raise UserError(f"the data was ordered with read.{name} {before}, not {now}; resume with the same one")
+        own = self._own_positions_in(state)
         self.close()
-        own = [int(state["own_positions"].get(name, 0)) for name in self.config.weights]
         self.position = int(state["position"])
         self._mixture = self._mix(self.position, own)
 
@@ -181,7 +197,11 @@ class PairStream:
         return self.span(self.position, len(self) if self.ordered else None)
 
     def span(self, start: int, stop: int | None) -> Iterator[PairBatch]:
-        """The batches of the positions ``start`` to ``stop`` (None: without end); the last may be smaller."""
+        """The batches of the positions ``start`` to ``stop`` (None: without end); the last may be smaller.
+
+        An iterator is of no more use when the stream was closed, moved or iterated anew, or in a process that was
+        forked meanwhile: it raises RuntimeError, and the stream can be iterated again.
+        """
         self.close()
         run = self._running = _Run(self, self._mixture, start, stop)
         while (batch := run.next()) is not None:
@@ -199,8 +219,13 @@ class PairStream:
     def close(self) -> None:
         """End the threads; the stream can be iterated again from where it is."""
         run, self._running = self._running, None
-        if run is not None:
+        if run is None:
+            return
+        if run.is_of_this_process:
             run.close()
+        else:
+            # Its threads are those of the process that forked this one, and may have held a lock at that moment.
+            self.buffers = Buffers(pin=self.world.device.type == "cuda")
 
     def _count(self, batch: PairBatch) -> None:
         """Count a batch when it is handed out, not when a thread has made it ahead of its turn."""
@@ -213,6 +238,27 @@ class PairStream:
                 f"{self.skipped.total()} of {self.seen} samples cannot be used ({listed(self.skipped)}), "
                 f"more than data.max_skip_share = {self.config.max_skip_share:.0%}"
             )
+
+    def _own_positions_in(self, state: Mapping[str, Any]) -> list[int]:
+        """Samples of each of our data sets that a state counts as consumed."""
+        known, left = state.get("indexes", {}), dict(state["own_positions"])
+        found: dict[str, int] = {}
+        for name, index in zip(self.config.weights, self.indexes, strict=True):
+            if name in left:
+                if known.get(name, index.identity) != index.identity:
+                    raise UserError(
+                        f"{name} was indexed anew and holds other samples than when the state was saved, so that "
+                        "samples would be lost or repeated; restore the index, or start another run"
+                    )
+                found[name] = int(left.pop(name))
+        for name, index in zip(self.config.weights, self.indexes, strict=True):
+            moved = next((old for old in left if known.get(old) == index.identity), None)
+            if name not in found and moved is not None:
+                found[name] = int(left.pop(moved))
+        if not found and state["position"]:
+            ours, theirs = (", ".join(names) for names in (self.config.weights, state["own_positions"]))
+            raise UserError(f"the state is of {theirs}, and {ours} holds other samples; start another run")
+        return [found.get(name, 0) for name in self.config.weights]
 
     def _mix(self, position: int, own_positions: list[int] | None) -> Mixture:
         window = 0 if self.ordered else self.config.read.window_chunks
@@ -250,14 +296,19 @@ class _Run:
         self._ahead = ReadAhead(self._plan, self._readers, config.read.fetch_threads, budget)
         threads = config.decode_threads or torch.get_num_threads()
         self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._process = os.getpid()
         self._batches: queue.Queue[PairBatch | BaseException | None] = queue.Queue(config.prefetch_batches)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="batches", daemon=True)
         self._thread.start()
 
     def next(self) -> PairBatch | None:
-        """The next batch; None after the last. Raises what went wrong in a thread."""
+        """The next batch; None after the last. Raises what went wrong in a thread, RuntimeError after the end."""
+        if not self.is_of_this_process:
+            raise RuntimeError("the stream was being iterated when this process was forked; iterate it anew")
         item = self._batches.get()
+        if self._closing.is_set():
+            raise RuntimeError(CLOSED)
         if isinstance(item, BaseException):
             raise item
         return item
@@ -268,6 +319,14 @@ class _Run:
         self._ahead.close()
         self._decoders.shutdown(wait=True, cancel_futures=True)
         self._thread.join()
+        # Whoever waits for a batch in another thread waits no longer.
+        with suppress(queue.Full):
+            self._batches.put_nowait(None)
+
+    @property
+    def is_of_this_process(self) -> bool:
+        """Whether its threads run here, and not in the process that forked this one."""
+        return self._process == os.getpid()
 
     @property
     def retried(self) -> Counter[str]:
