@@ -1,21 +1,20 @@
 """Bytes of a picture to the numbers its encoder expects.
 
 JPEGs go through simplejpeg (libjpeg-turbo with Pillow's settings, so Pillow's pixels in two thirds of the time); every
-other format, and JPEGs of a kind that simplejpeg refuses, through Pillow. The exact way resizes with Pillow, in the
-order of open_clip's transform, and gives the same numbers as that to the last bit. The fast way resizes with PyTorch's
-8-bit kernel, which computes the same filter with weights of 16 bits, in half the time.
+other format, and JPEGs of a kind that simplejpeg refuses, through Pillow. The resize is Pillow's to the last bit, in
+the order of open_clip's transform: compiled where numba is installed (:mod:`pacl_scale.data.resize`), else Pillow itself.
 """
 
 import functools
+import importlib.util
 import io
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import simplejpeg
-import torch
-import torch.nn.functional as F
 from PIL import Image
 
 if TYPE_CHECKING:
@@ -44,9 +43,9 @@ class PictureConfig:
     """From the bytes of a picture to pixels."""
 
     exact: bool = False
-    """Give the same numbers as open_clip's transform to the last bit, as evaluation always does. The fast way is off
-    by one level of 256 in some 4 % of the values; pictures of at least 4 times the encoder's size are decoded at a
-    fraction of theirs."""
+    """Give the same numbers as open_clip's transform to the last bit for large pictures too, as evaluation always does.
+    Otherwise JPEGs of at least 4 times the encoder's size are decoded at a fraction of theirs, in a fraction of the
+    time; all others are the same either way."""
 
     crop_share: float = 1.0
     """Smallest share of the centre square's area that a random crop keeps; 1 crops the centre as the
@@ -87,14 +86,17 @@ def decode(
     pixels = _read_jpeg(content, preprocess.image_size, config.exact) if content[:3] == b"\xff\xd8\xff" else None
     pixels = _read_any(content) if pixels is None else pixels
     size = preprocess.image_size
-    resize = _resize_exactly if config.exact else _resize_fast
+    height, width = size, size
     if draws is not None and config.crop_share < 1:
-        pixels = resize(_random_square(pixels, config.crop_share, draws), size, size, preprocess.interpolation)
-    elif preprocess.resize == "squash":
-        pixels = resize(pixels, size, size, preprocess.interpolation)
-    else:
+        pixels = _random_square(pixels, config.crop_share, draws)
+    elif preprocess.resize == "shortest":
         height, width = _shortest_size(pixels.shape[0], pixels.shape[1], size)
-        pixels = _centre_square(resize(pixels, height, width, preprocess.interpolation), size)
+    # The centre, placed as torchvision's CenterCrop does.
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    if pixels.shape[:2] == (height, width):
+        pixels = pixels[top : top + size, left : left + size]
+    else:
+        pixels = resizer()(pixels, height, width, top, left, size, preprocess.interpolation)
     return pixels[:, ::-1] if draws is not None and config.flip and draws[3] < 0.5 else pixels
 
 
@@ -149,18 +151,27 @@ def _check_size(width: int, height: int) -> None:
         raise BadPicture("picture too large")
 
 
-def _resize_exactly(pixels_HWC: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:
-    if pixels_HWC.shape[:2] == (height, width):
-        return pixels_HWC
-    return np.asarray(Image.fromarray(pixels_HWC).resize((width, height), FILTERS[interpolation]))
+Resizer = Callable[[np.ndarray, int, int, int, int, int, str], np.ndarray]
 
 
-def _resize_fast(pixels_HWC: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:
-    if pixels_HWC.shape[:2] == (height, width):
-        return pixels_HWC
-    pixels_1CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1)[None]
-    resized = F.interpolate(pixels_1CHW, size=(height, width), mode=interpolation, antialias=True)
-    return resized[0].permute(1, 2, 0).numpy()
+@functools.cache
+def resizer() -> Resizer:
+    """What resizes pictures here (:func:`pacl_scale.data.resize.resize` or the like), ready to run at once."""
+    if importlib.util.find_spec("numba") is None:
+        return _resize_with_pillow
+    from pacl_scale.data.resize import resize
+
+    # Compiling takes seconds, and loading what was compiled before a part of one.
+    resize(np.zeros((4, 4, 3), np.uint8), 8, 8, 0, 0, 8, "bicubic")
+    return resize
+
+
+def _resize_with_pillow(
+    pixels_HWC: np.ndarray, height: int, width: int, top: int, left: int, size: int, interpolation: str
+) -> np.ndarray:
+    """The same as :func:`pacl_scale.data.resize.resize`, where numba is not installed."""
+    resized = np.asarray(Image.fromarray(pixels_HWC).resize((width, height), FILTERS[interpolation]))
+    return resized[top : top + size, left : left + size]
 
 
 def _shortest_size(height: int, width: int, target: int) -> tuple[int, int]:
@@ -172,13 +183,6 @@ def _shortest_size(height: int, width: int, target: int) -> tuple[int, int]:
     if longer * target > MOST_PIXELS:
         raise BadPicture("picture too thin")
     return (longer, target) if width <= height else (target, longer)
-
-
-def _centre_square(pixels_HWC: np.ndarray, target: int) -> np.ndarray:
-    """The centre, placed as torchvision's ``CenterCrop`` does."""
-    height, width, _ = pixels_HWC.shape
-    top, left = round((height - target) / 2), round((width - target) / 2)
-    return pixels_HWC[top : top + target, left : left + target]
 
 
 def _random_square(pixels_HWC: np.ndarray, crop_share: float, draws: list[float]) -> np.ndarray:

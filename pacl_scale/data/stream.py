@@ -20,7 +20,7 @@ from pacl_scale.data.assemble import PendingBatch, listed
 from pacl_scale.data.batch import PairBatch
 from pacl_scale.data.buffers import Buffers
 from pacl_scale.data.captions import TextConfig
-from pacl_scale.data.decode import PictureConfig
+from pacl_scale.data.decode import PictureConfig, resizer
 from pacl_scale.data.disk_cache import DiskCache
 from pacl_scale.data.features import FeatureFormat
 from pacl_scale.data.index import SampleIndex
@@ -158,6 +158,7 @@ class PairStream:
     def prepare_pictures_for(self, preprocess: "Preprocess") -> None:
         """Say how the vision encoder wants its pictures; before the first batch of a data set of pictures."""
         self.preprocess = preprocess
+        resizer()
 
     def state_after(self, batch: PairBatch) -> dict[str, Any]:
         """Where the stream is when ``batch`` is done, as plain JSON: give it to :meth:`load_state` of a stream with
