@@ -50,7 +50,7 @@ def test_samples_lie_where_the_scan_says(format: int) -> None:
     assert samples[0].offset == 0
     assert samples[1].offset == samples[0].length
     for one, wanted in zip(samples, (MEMBERS[:2], MEMBERS[2:4], MEMBERS[4:]), strict=True):
-        key, members = read_sample(content[one.offset : one.offset + one.length], "x.tar")
+        key, members = read_sample(content[one.offset : one.offset + one.length])
         assert key == one.key
         assert [bytes(m) for m in members.values()] == [data for _, data in wanted]
 
@@ -85,6 +85,17 @@ def test_a_changed_header_is_damage() -> None:
     whole[second + 3] ^= 1
     with pytest.raises(DamagedTar, match=f"at byte {second:,}: a header whose checksum does not match"):
         scan_tar(io.BytesIO(whole), "x.tar")
+
+
+def test_a_negative_size_is_damage() -> None:
+    """It would lead back to where the member began, for ever."""
+    whole = bytearray(tar_bytes([("a.jpg", b"x")], tarfile.GNU_FORMAT))
+    whole[124:136], whole[148:156] = b"-0000001130\0", b"        "
+    whole[148:156] = b"%06o\0 " % sum(whole[:512])
+    with pytest.raises(DamagedTar, match="a negative number"):
+        scan_tar(io.BytesIO(whole), "x.tar")
+    with pytest.raises(DamagedTar, match="a negative number"):
+        read_sample(bytes(whole[:1024]))
 
 
 def test_data_after_the_end_is_damage() -> None:

@@ -273,6 +273,12 @@ def test_shard_that_changed_since_the_index_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[: len(content)].ljust(len(content), b"\0"))
     with open_stream(config(tmp_path), 16) as stream, pytest.raises(UserError, match="run the index step again"):
         next(iter(stream))
+    # Samples that begin elsewhere, and bytes that are no tar at all.
+    write_tar(path, [sample(n, txt=b"z" * 700 * (n % 3)) for n in range(8, 16)])
+    for other in (path.read_bytes()[: len(content)].ljust(len(content), b"\0"), b"x" * len(content)):
+        path.write_bytes(other)
+        with open_stream(config(tmp_path), 16) as stream, pytest.raises(UserError, match="other samples than were"):
+            next(iter(stream))
     path.unlink()
     with open_stream(config(tmp_path), 16) as stream, pytest.raises(UserError, match="was indexed but is gone"):
         next(iter(stream))

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pacl_scale import storage
 from pacl_scale.data import captions
 from pacl_scale.data.batch import PairBatch, draw_patches
 from pacl_scale.data.captions import PictureTexts
 from pacl_scale.data.decode import BadPicture, PictureConfig, decode, normalise
-from pacl_scale.data.index import PICTURE_EXTENSIONS, hash_key
+from pacl_scale.data.index import PICTURE_EXTENSIONS, SampleIndex, hash_key
 from pacl_scale.data.order import Picks
-from pacl_scale.data.ranges import ShardChanged
+from pacl_scale.data.ranges import INDEX_AGAIN, ShardChanged
 from pacl_scale.data.reader import Awaited
 from pacl_scale.data.sample import Members, read_sample
 from pacl_scale.data.tar import DamagedTar
@@ -68,8 +69,8 @@ class PendingBatch:
         for row, handle in zip(rows, awaited, strict=True):
             try:
                 self._rows[row] = self._load(row, handle.result())
-            except (BadPicture, DamagedTar) as error:
-                self._rows[row] = str(error) if isinstance(error, BadPicture) else "damaged tar member"
+            except BadPicture as error:
+                self._rows[row] = str(error)
 
     def finish(self) -> PairBatch:
         """The batch, when all its rows are there."""
@@ -106,12 +107,14 @@ class PendingBatch:
         stream, config = self._stream, self._stream.config
         source, epoch, sample = (int(a[row]) for a in (self._picks.source, self._picks.epoch, self._picks.sample))
         index = stream.indexes[source]
-        shard = index.shards[int(index.shard_of(np.array(sample)))].name
-        key, members = read_sample(content, shard)
-        if hash_key(key) != int(index.key[sample]):
-            raise ShardChanged(
-                f"{index.root_url}/{shard} holds other samples than were indexed; run the index step again"
-            )
+        try:
+            key, members = read_sample(content)
+            changed = hash_key(key) != int(index.key[sample])
+        except DamagedTar:
+            # The headers were whole when they were indexed, so these are other bytes.
+            changed = True
+        if changed:
+            raise ShardChanged(f"{_shard_url(index, sample)} holds other samples than were indexed; {INDEX_AGAIN}")
         texts = captions.read_texts(members)
         if texts is None:
             raise BadPicture("no caption")
@@ -122,7 +125,7 @@ class PendingBatch:
         if self._vectors is not None:
             assert stream.vectors is not None
             stream.vectors.read(members, captions.possible_texts(texts), text, self._vectors[row])
-        patch_seed = hash_key(f"{stream.seed}/{epoch}/patches/{key}")
+        patch_seed = hash_key(f"{stream.seed}/{epoch}/patches/{key}") if self._patch_sample else 0
         if self._patches is not None:
             self._load_patches(row, members, patch_seed)
         else:
@@ -143,7 +146,8 @@ class PendingBatch:
         content = next((members[extension] for extension in PICTURE_EXTENSIONS if extension in members), None)
         if content is None:
             raise BadPicture("no picture")
-        draws = None if stream.ordered else captions.draws(stream.seed, epoch, key, "picture", 4)
+        drawn = config.augments and not stream.ordered
+        draws = captions.draws(stream.seed, epoch, key, "picture", 4) if drawn else None
         pixels = decode(content, stream.preprocess, EXACT if stream.ordered else config, draws)
         normalise(pixels, stream.preprocess, self._images.numpy()[row])
 
@@ -154,11 +158,14 @@ class PendingBatch:
             if isinstance(cause, str):
                 skipped[cause] += 1
                 index, sample = stream.indexes[int(self._picks.source[row])], int(self._picks.sample[row])
-                shard = index.shards[int(index.shard_of(np.array(sample)))].name
                 log.warning(
-                    "sample skipped", cause=cause, shard=f"{index.root_url}/{shard}", byte=int(index.offset[sample])
+                    "sample skipped", cause=cause, shard=_shard_url(index, sample), byte=int(index.offset[sample])
                 )
         return skipped
+
+
+def _shard_url(index: SampleIndex, sample: int) -> str:
+    return storage.join(index.root_url, index.shards[int(index.shard_of(np.array(sample)))].name)
 
 
 def _with_neighbours(count: int, good: list[int]) -> list[int]:

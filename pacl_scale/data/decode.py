@@ -2,7 +2,7 @@
 
 JPEGs go through simplejpeg (libjpeg-turbo with Pillow's settings, so Pillow's pixels in two thirds of the time); every
 other format, and JPEGs of a kind that simplejpeg refuses, through Pillow. The resize is Pillow's to the last bit, in
-the order of open_clip's transform: compiled where numba is installed (:mod:`pacl_scale.data.resize`), else Pillow itself.
+the order of open_clip's transform: compiled where numba is installed (:mod:`pacl_scale.data.resize`), else by Pillow.
 """
 
 import functools

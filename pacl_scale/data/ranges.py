@@ -20,6 +20,7 @@ from pacl_scale.errors import RunFailed, UserError
 
 FIRST_DELAY_S = 0.1
 LONGEST_DELAY_S = 10.0
+INDEX_AGAIN = "run the index step again"
 
 PASSING_CODES = ("SlowDown", "InternalError", "RequestTimeout", "RequestTimeTooSkewed", "ServiceUnavailable")
 """S3 error codes that are worth another try, beside every HTTP status from 500 on and 429."""
@@ -108,7 +109,7 @@ class ShardReader:
                 self._wait(url, attempt, PassingFault(type(error.__cause__).__name__))
             except UserError as error:
                 if isinstance(error.__cause__, FileNotFoundError):
-                    raise ShardChanged(f"{url} was indexed but is gone; run the index step again") from error
+                    raise ShardChanged(f"{url} was indexed but is gone; {INDEX_AGAIN}") from error
                 raise
         raise AssertionError("unreachable: the last try raises")
 
@@ -135,8 +136,7 @@ class ShardReader:
         indexed = self.index.shards[shard].size
         if piece.size is not None and piece.size != indexed:
             raise ShardChanged(
-                f"{self.url(shard)} has {piece.size:,} bytes, but {indexed:,} when it was indexed; "
-                "run the index step again"
+                f"{self.url(shard)} has {piece.size:,} bytes, but {indexed:,} when it was indexed; {INDEX_AGAIN}"
             )
         if piece.version is not None and self._versions.setdefault(shard, piece.version) != piece.version:
             raise ShardChanged(f"{self.url(shard)} was replaced while it was being read")

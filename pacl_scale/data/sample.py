@@ -19,7 +19,7 @@ Members = Mapping[str, memoryview]
 """Content of a sample's members, by extension."""
 
 
-def read_sample(content: bytes, shard: str) -> tuple[str, dict[str, memoryview]]:
+def read_sample(content: bytes) -> tuple[str, dict[str, memoryview]]:
     """The sample's key, and its members' content by extension.
 
     The checksums of the headers were verified when the tar was indexed; here the key tells whether these are the
@@ -27,7 +27,6 @@ def read_sample(content: bytes, shard: str) -> tuple[str, dict[str, memoryview]]
 
     Args:
         content: from the first header of the sample to the end of its last member's padding.
-        shard: what to call it in an error.
 
     Raises:
         DamagedTar: the bytes are not tar members, or hold none.
@@ -37,20 +36,20 @@ def read_sample(content: bytes, shard: str) -> tuple[str, dict[str, memoryview]]
         try:
             name, size, kind = parse_header(content[offset : offset + BLOCK])
         except (ValueError, IndexError) as error:
-            raise DamagedTar(f"{shard}: a sample that is no part of a tar ({error})") from error
+            raise DamagedTar(f"a sample that is no part of a tar ({error})") from error
         data = offset + BLOCK
         offset = data + padded(size)
         if offset > len(content):
-            raise DamagedTar(f"{shard}: a sample that ends in the middle of a member")
+            raise DamagedTar("a sample that ends in the middle of a member")
         if kind == PAX_HEADER and not _renames(content[data:offset]):
             continue
         if kind not in REGULAR_FILE:
-            return _read_unusual(content, shard)
+            return _read_unusual(content)
         found, extension = split_name(name)
         key = found if key is None else key
         members[extension] = view[data : data + size]
     if key is None:
-        raise DamagedTar(f"{shard}: a sample without members")
+        raise DamagedTar("a sample without members")
     return key, members
 
 
@@ -59,13 +58,13 @@ def _renames(record: bytes) -> bool:
     return b"path=" in record or b"size=" in record
 
 
-def _read_unusual(content: bytes, shard: str) -> tuple[str, dict[str, memoryview]]:
+def _read_unusual(content: bytes) -> tuple[str, dict[str, memoryview]]:
     """The same where members have long names, or are links."""
     view, members, key = memoryview(content), {}, None
-    for member in read_members(io.BytesIO(content + 2 * ZERO_BLOCK), shard):
+    for member in read_members(io.BytesIO(content + 2 * ZERO_BLOCK), "a sample"):
         found, extension = split_name(member.name)
         key = found if key is None else key
         members[extension] = view[member.data : member.data + member.size]
     if key is None:
-        raise DamagedTar(f"{shard}: a sample without members")
+        raise DamagedTar("a sample without members")
     return key, members

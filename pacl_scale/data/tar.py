@@ -151,7 +151,10 @@ def _number(digits: bytes) -> int:
     """A number of a tar header: octal digits, or base 256 where the first bit is set."""
     if digits[0] == 0x80:
         return int.from_bytes(digits[1:], "big")
-    return int(digits.strip(b" \0") or b"0", 8)
+    number = int(digits.strip(b" \0") or b"0", 8)
+    if number < 0:
+        raise ValueError("a negative number")
+    return number
 
 
 def _text(field: bytes) -> str:
