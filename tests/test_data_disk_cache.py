@@ -14,7 +14,7 @@ from test_data_stream import config, open_stream, rows_of
 
 from pacl_scale.data import disk_cache
 from pacl_scale.data.disk_cache import COUNT_NAME, CRC_BYTES, FOLDER_NAME, CachedClient, DiskCache
-from pacl_scale.data.ranges import Piece
+from pacl_scale.data.ranges import FsspecClient, Piece
 from pacl_scale.data.reader import ReadConfig
 from pacl_scale.errors import UserError
 
@@ -184,7 +184,7 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
         ReadConfig(disk_cache_gb=0)
 
 
-def test_a_second_epoch_comes_from_the_disk(tmp_path: Path) -> None:
+def test_a_second_epoch_comes_from_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stream with its cache: the same batches, and no shard is read twice."""
     import fsspec
 
@@ -194,11 +194,34 @@ def test_a_second_epoch_comes_from_the_disk(tmp_path: Path) -> None:
         memory.pipe_file(f"/cached/{path.name}", path.read_bytes())
     options = {"chunk_samples": 4, "window_chunks": 3, "read_ahead_mb": 1, "fetch_threads": 2}
     cached = ReadConfig(**options, disk_cache=str(tmp_path / "cache"))
+    asked: list[int] = []
+    get = FsspecClient.get
+
+    def count(self: FsspecClient, name: str, start: int, stop: int) -> Piece:
+        asked.append(stop - start)
+        return get(self, name, start, stop)
+
+    monkeypatch.setattr(FsspecClient, "get", count)
     found = []
     for root, read in ((tmp_path / "pairs", ReadConfig(**options)), ("memory://cached", cached)):
         with open_stream(config(root, read=read), 10) as stream:
             found.append([row for _, batch in zip(range(10), stream, strict=False) for row in rows_of(batch)])
     assert found[0] == found[1]
+    assert max(asked) > BLOCK
+    # Another process, or another start: only the byte that tells a shard's version.
+    asked.clear()
+    with open_stream(config("memory://cached", read=cached), 10) as stream:
+        again = [row for _, batch in zip(range(10), stream, strict=False) for row in rows_of(batch)]
+    assert again == found[1]
+    assert set(asked) == {1}
     sizes = sum(path.stat().st_size for path in (tmp_path / "pairs").glob("*.tar"))
     assert 0.9 * sizes < used(tmp_path / "cache") < 1.1 * sizes
     memory.rm("/cached", recursive=True)
+
+
+def test_a_disk_cache_of_local_tars_is_said_to_be_of_no_use(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_pairs(tmp_path / "pairs", [4])
+    read = ReadConfig(disk_cache=str(tmp_path / "cache"))
+    open_stream(config(tmp_path / "pairs", read=read), 4).close()
+    captured = capfd.readouterr()
+    assert "read.disk_cache is of no use" in captured.out + captured.err

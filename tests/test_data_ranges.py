@@ -123,6 +123,19 @@ def test_ten_thousand_samples_over_a_bad_line(
 
 
 @pytest.mark.s3
+def test_a_store_that_drips_is_given_up(
+    bucket: tuple[str, Path], store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each byte begins the time-out anew, so the whole of a range has one too."""
+    index = SampleIndex.load(bucket[0])
+    monkeypatch.setattr("pacl_scale.data.ranges.BODY_BYTES", 64)
+    monkeypatch.setattr("pacl_scale.data.ranges.LONGEST_READ", 0)
+    reader = ShardReader(index, 1, 5.0, retries=0)
+    with pytest.raises(RunFailed, match=r"after 1 tries \(slow body\)"):
+        reader.read(0, 0, 512)
+
+
+@pytest.mark.s3
 def test_a_store_that_stays_broken_ends_the_run(
     bucket: tuple[str, Path], store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

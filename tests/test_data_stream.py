@@ -198,6 +198,13 @@ def test_mixture_keeps_its_shares_and_every_data_sets_own_epochs(tmp_path: Path)
     assert sorted(from_a) == sorted(list(range(20)) * 3)
     assert len(from_b) == len(set(from_b)) == 20
     assert take.state["own_positions"] == {str(tmp_path / "a"): 60, str(tmp_path / "b"): 20}  # type: ignore[attr-defined]
+    # A small part of a batch may come from a data set that is smaller than the batch.
+    write_pairs(tmp_path / "c", [5], first=200)
+    small = config("", mix={str(tmp_path / "b"): 3.0, str(tmp_path / "c"): 1.0})
+    with open_stream(small, 20) as stream:
+        assert len(next(iter(stream))) == 20
+    with pytest.raises(UserError, match="/c has 5 samples, fewer than its part of a global batch, 6 of 24"):
+        open_stream(small, 24)
     # Other weights from here on: b goes on with the half of it that was not seen yet.
     other = config("", mix={str(tmp_path / "a"): 1.0, str(tmp_path / "b"): 1.0})
     later = take(other, 10, 4, state=take.state)  # type: ignore[attr-defined]
@@ -322,7 +329,7 @@ def test_what_cannot_be_streamed_is_said_in_a_sentence(pairs: Path, tmp_path: Pa
         open_stream(config(""), 4)
     with pytest.raises(UserError, match="run the index step"):
         open_stream(config(tmp_path), 4)
-    with pytest.raises(UserError, match="has 60 samples, fewer than a global batch of 61"):
+    with pytest.raises(UserError, match="has 60 samples, fewer than its part of a global batch, 61 of 61"):
         open_stream(config(pairs), 61)
 
 

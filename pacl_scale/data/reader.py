@@ -43,7 +43,7 @@ class ReadConfig:
     """Ranged reads at the same time, in each rank."""
 
     timeout_s: float = 30.0
-    """Seconds without a further byte after which a read is tried again."""
+    """Seconds without a further byte after which a read is tried again; as a whole it may take ten times as long."""
 
     retries: int = 8
     """Further tries of a read that failed with a fault that may pass; they take about 20 s with their waits."""

@@ -4,6 +4,7 @@ What a batch holds is decided by (seed, position) alone: which samples, in which
 and which patches. Neither the number of ranks or threads nor the moment of a restart makes a difference.
 """
 
+import math
 import os
 import queue
 import threading
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pacl_scale import storage
 from pacl_scale.data.assemble import PendingBatch, listed
 from pacl_scale.data.batch import PairBatch
 from pacl_scale.data.buffers import Buffers
@@ -30,6 +32,9 @@ from pacl_scale.data.reader import Plan, ReadAhead, ReadConfig
 from pacl_scale.data.vectors import VectorFormat
 from pacl_scale.distributed import World
 from pacl_scale.errors import UserError
+from pacl_scale.log import get_logger
+
+log = get_logger(__name__)
 
 if TYPE_CHECKING:
     from pacl_scale.encoders.vision import Preprocess
@@ -274,11 +279,16 @@ class PairStream:
                 f"{self.indexes[0].root_url} holds patch tokens, which cannot be cropped or flipped; "
                 "train on the pictures or switch the augmentation off"
             )
-        fewest = min(len(index) for index in self.indexes)
-        if not self.ordered and fewest < self.global_batch_size:
-            raise UserError(
-                f"the data set has {fewest:,} samples, fewer than a global batch of {self.global_batch_size:,}"
-            )
+        if self.config.read.disk_cache and all(storage.is_local(root) for root in self.config.weights):
+            log.warning("read.disk_cache is of no use: the data set is on this machine", root=self.indexes[0].root_url)
+        weights = self.config.weights
+        for (root, weight), index in zip(weights.items(), self.indexes, strict=True):
+            part = math.ceil(self.global_batch_size * weight / sum(weights.values()))
+            if not self.ordered and len(index) < part:
+                raise UserError(
+                    f"{root} has {len(index):,} samples, fewer than its part of a global batch, {part:,} of "
+                    f"{self.global_batch_size:,}"
+                )
 
 
 class _Run:
