@@ -27,8 +27,11 @@ MAY_CHANGE_AT_RESUME = (
     "data.prefetch_batches",
     "data.max_skip_share",
     "data.read.",
+    "data.root",
+    "data.mix",
 )
-"""Keys (or groups) that do not change what is learned; every other key must be as it was when a run resumes."""
+"""Keys (or groups) that do not change what is learned; every other key must be as it was when a run resumes.
+Where data lies may change, for the stream knows its samples again; weights of a mixture may, from there on."""
 
 DECIDES_THE_ORDER = ("data.read.chunk_samples", "data.read.window_chunks")
 """Of those groups, keys that must stay after all."""

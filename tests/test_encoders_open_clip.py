@@ -227,3 +227,14 @@ def test_half_precision_still_gives_float32(config_file: str, checkpoint: str) -
     assert rounded.dtype == torch.float32
     torch.testing.assert_close(rounded, exact, rtol=0.1, atol=0.1)
     assert not torch.equal(rounded, exact)
+
+
+def test_no_matrix_of_all_scores_is_held(config_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("torch's fast path holds the scores of all pairs of patches")
+
+    monkeypatch.setattr(torch, "_native_multi_head_attention", refuse)
+    tower = build_vision(VisionConfig(model=config_file, weights="random"))
+    assert tower.encode(torch.zeros(1, 3, 64, 64), stride=4).tokens.shape == (1, 13 * 13, 64)
+    # Whoever else computes in this process keeps what torch had set.
+    assert torch.backends.mha.get_fastpath_enabled()
