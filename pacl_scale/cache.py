@@ -3,7 +3,8 @@
 The frozen towers are most of the cost of a training step; without augmentation they compute the same every epoch. This
 writes the patch tokens of every picture, as int8 with a scale a token or as bfloat16, and the vectors of every text
 that training can draw for it, in tars with an index like those of the pictures; training reads either. The texts are
-copied, so that the result stands alone.
+copied, so that the result stands alone. With ``patch_tokens=false`` the pictures themselves are copied in place of
+tokens, for training that crops and flips them or trains blocks of the vision tower.
 
 The samples are cut, in index order, into shards of ``shard_samples``; rank r of R computes every R-th of them. A shard
 appears only when it is complete, so a second start goes on with those that are missing, with any number of ranks.
@@ -12,7 +13,7 @@ appears only when it is complete, so a second start goes on with those that are 
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -53,6 +54,9 @@ class CacheConfig:
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     """The frozen text tower."""
 
+    patch_tokens: bool = True
+    """Keep patch tokens in place of pictures; false copies the pictures as they are beside their text vectors."""
+
     text_vectors: bool = True
     """Also keep the vectors of every caption and noun prompt of each picture, as float16: 2 bytes x channels x
     (captions + 7 x nouns) a picture. Training then needs no text tower."""
@@ -75,6 +79,8 @@ class CacheConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.shard_samples < 1 or self.shard_samples % self.batch_size:
             raise ValueError("shard_samples must be a multiple of batch_size")
+        if not (self.patch_tokens or self.text_vectors):
+            raise ValueError("patch_tokens and text_vectors are both false: there is nothing to keep")
         if self.data.picture.augments:
             raise ValueError("data.picture: cached tokens are of pictures as they are; crop_share is 1 and flip false")
         if self.data.patch_sample:
@@ -109,11 +115,15 @@ def cache(settings: CacheConfig, world: World) -> SampleIndex | None:
         if stream.features:
             raise UserError(f"{settings.data.root} holds patch tokens already")
         precision = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-        vision = build_vision(settings.vision, world.device, precision)
-        stream.prepare_pictures_for(vision.preprocess)
+        vision = tokens = None
+        if settings.patch_tokens:
+            vision = build_vision(settings.vision, world.device, precision)
+            stream.prepare_pictures_for(vision.preprocess)
+            tokens = probe_format(vision, settings.dtype)
+        stream.undecoded = vision is None
         text = build_text(settings.text, world.device, precision) if settings.text_vectors else None
         kept = vector_format(settings.text, text) if text else None
-        layout = Layout(probe_format(vision, settings.dtype), kept)
+        layout = Layout(tokens, kept)
         claim_output(settings, layout, stream.indexes[0], world)
         shards = -(-len(stream) // settings.shard_samples)
         names = [f"{number:05d}.tar" for number in range(shards)]
@@ -129,7 +139,7 @@ def cache(settings: CacheConfig, world: World) -> SampleIndex | None:
         torch.distributed.barrier()
     if not world.is_main:
         return None
-    index = build_index(settings.output, names, kind="features", extra=layout.to_dict())
+    index = build_index(settings.output, names, kind=layout.kind, extra=layout.to_dict())
     logger.info("cached", output=settings.output, pictures=len(index), shards=shards, skipped_here=skipped)
     return index
 
@@ -138,13 +148,20 @@ def cache(settings: CacheConfig, world: World) -> SampleIndex | None:
 class Layout:
     """What is kept of a sample, and how."""
 
-    tokens: FeatureFormat
+    tokens: FeatureFormat | None
+    """None keeps the pictures."""
     vectors: VectorFormat | None
     """None keeps no text vectors."""
 
+    @property
+    def kind(self) -> Literal["features", "pictures"]:
+        """Of the index."""
+        return "features" if self.tokens else "pictures"
+
     def to_dict(self) -> dict[str, Any]:
         """For the ``extra`` of an index."""
-        return self.tokens.to_dict() | (self.vectors.to_dict() if self.vectors else {})
+        parts = [part.to_dict() for part in (self.tokens, self.vectors) if part]
+        return {name: value for part in parts for name, value in part.items()}
 
 
 def vector_format(config: TextEncoderConfig, text: TextEncoder) -> VectorFormat:
@@ -183,23 +200,31 @@ def write_shard(
     stream: PairStream,
     start: int,
     stop: int,
-    vision: VisionEncoder,
+    vision: VisionEncoder | None,
     text: TextEncoder | None,
     layout: Layout,
     device: torch.device,
 ) -> bytes:
-    """A tar of the patch tokens, texts and text vectors of the samples ``start`` to ``stop``."""
+    """A tar of the patch tokens or pictures, texts and text vectors of the samples ``start`` to ``stop``."""
     content = io.BytesIO()
     with webdataset.TarWriter(content, encoder=False, mtime=0) as tar:
         for batch in stream.span(start, stop):
             if len(batch) == 0:
                 continue
-            assert batch.images is not None
-            tokens_BTD = vision.encode(batch.images.to(device, non_blocking=True)).tokens
             vectors = vector_members(batch, text, layout.vectors)
-            for row, members in enumerate(layout.tokens.pack(tokens_BTD)):
+            for row, members in enumerate(picture_members(batch, vision, layout.tokens, device)):
                 tar.write({"__key__": batch.keys[row], **text_members(batch, row), **members, **vectors[row]})
     return content.getvalue()
+
+
+def picture_members(
+    batch: PairBatch, vision: VisionEncoder | None, tokens: FeatureFormat | None, device: torch.device
+) -> Sequence[Mapping[str, bytes]]:
+    """The members that stand for each picture: its patch tokens, or itself."""
+    if vision is None or tokens is None:
+        return [{extension: content} for extension, content in batch.pictures]
+    assert batch.images is not None
+    return tokens.pack(vision.encode(batch.images.to(device, non_blocking=True)).tokens)
 
 
 def vector_members(batch: PairBatch, text: TextEncoder | None, vectors: VectorFormat | None) -> list[dict[str, bytes]]:

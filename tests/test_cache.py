@@ -116,6 +116,26 @@ def test_the_vector_is_that_of_the_drawn_text(tmp_path: Path) -> None:
         assert next(iter(stream)).text_vectors is None
 
 
+def test_pictures_may_stay_pictures_beside_their_text_vectors(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "pairs", [11, 9])
+    index = cache(settings(tmp_path / "pairs", tmp_path / "out", patch_tokens=False), ALONE)
+    assert index is not None and index.kind == "pictures"
+    assert Squares.encoded == 0
+    found = []
+    for root in ("pairs", "out"):
+        with PairStream(DataConfig(root=str(tmp_path / root), patch_sample=3), 3, 10) as stream:
+            stream.prepare_pictures_for(PREPROCESS)
+            found += [[batch for _, batch in zip(range(4), stream, strict=False)]]
+    pairs, cached = ({key: (batch, row) for batch in part for row, key in enumerate(batch.keys)} for part in found)
+    assert pairs.keys() == cached.keys()
+    for key, (batch, row) in cached.items():
+        other, other_row = pairs[key]
+        assert torch.equal(batch.images[row], other.images[other_row])
+        assert torch.equal(batch.text_vectors[row], Letters().encode([batch.texts[row]])[0].half().float())
+    with pytest.raises(ValueError, match="nothing to keep"):
+        settings(tmp_path / "pairs", tmp_path / "out", patch_tokens=False, text_vectors=False)
+
+
 def test_vectors_that_are_not_one_a_text_are_no_sample(tmp_path: Path) -> None:
     """A tar whose captions were changed after its texts were encoded."""
     write_pairs(tmp_path / "pairs", [20])

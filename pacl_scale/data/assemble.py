@@ -41,6 +41,7 @@ class _Row:
     text: str
     text_id: int
     patch_seed: int
+    picture: tuple[str, bytes] | None = None
 
 
 class PendingBatch:
@@ -57,7 +58,7 @@ class PendingBatch:
             count = self._patch_sample if self._patch_sample < features.tokens else 0
             self._patches = stream.buffers.empty(len(picks), count or features.tokens, features.width)
             self._patch_ids = torch.empty(len(picks), count, dtype=torch.int64) if count else None
-        else:
+        elif not stream.undecoded:
             assert preprocess is not None
             size = preprocess.image_size
             self._images = stream.buffers.empty(len(picks), 3, size, size)
@@ -99,6 +100,7 @@ class PendingBatch:
             nouns=[row.texts.nouns for row in rows],
             position_after=self._position_after,
             skipped=dict(skipped),
+            pictures=[row.picture for row in rows if row.picture],
             patch_sample=self._patch_sample,
             patch_seeds=[row.patch_seed for row in rows],
         )
@@ -126,11 +128,15 @@ class PendingBatch:
             assert stream.vectors is not None
             stream.vectors.read(members, captions.possible_texts(texts), text, self._vectors[row])
         patch_seed = hash_key(f"{stream.seed}/{epoch}/patches/{key}") if self._patch_sample else 0
+        picture = None
         if self._patches is not None:
             self._load_patches(row, members, patch_seed)
+        elif stream.undecoded:
+            extension, content_of = _picture_in(members)
+            picture = extension, bytes(content_of)
         else:
             self._load_picture(row, members, epoch, key)
-        return _Row(key, texts, text, text_id, patch_seed)
+        return _Row(key, texts, text, text_id, patch_seed, picture)
 
     def _load_patches(self, row: int, members: Members, patch_seed: int) -> None:
         features, ids = self._stream.features, None
@@ -143,9 +149,7 @@ class PendingBatch:
     def _load_picture(self, row: int, members: Members, epoch: int, key: str) -> None:
         stream, config = self._stream, self._stream.config.picture
         assert stream.preprocess is not None and self._images is not None
-        content = next((members[extension] for extension in PICTURE_EXTENSIONS if extension in members), None)
-        if content is None:
-            raise BadPicture("no picture")
+        _, content = _picture_in(members)
         drawn = config.augments and not stream.ordered
         draws = captions.draws(stream.seed, epoch, key, "picture", 4) if drawn else None
         pixels = decode(content, stream.preprocess, EXACT if stream.ordered else config, draws)
@@ -162,6 +166,14 @@ class PendingBatch:
                     "sample skipped", cause=cause, shard=_shard_url(index, sample), byte=int(index.offset[sample])
                 )
         return skipped
+
+
+def _picture_in(members: Members) -> tuple[str, memoryview]:
+    """Extension and content of a sample's picture."""
+    for extension in PICTURE_EXTENSIONS:
+        if extension in members:
+            return extension, members[extension]
+    raise BadPicture("no picture")
 
 
 def _shard_url(index: SampleIndex, sample: int) -> str:

@@ -54,6 +54,9 @@ class PairBatch:
     """Samples of this batch that could not be used, by cause. In training each one's place is taken by a neighbour in
     the batch, so that all ranks keep the same shape; in ordered mode the batch is shorter."""
 
+    pictures: list[tuple[str, bytes]] = field(default_factory=list)
+    """b pictures as they lie in the tar, extension and content, where those were asked for and not pixels."""
+
     patch_sample: int = 0
     """Patches of a picture that take part in the step; 0 for all."""
 

@@ -139,6 +139,8 @@ class PairStream:
         self.seen = 0
         """Samples of this rank so far, the unusable ones included."""
         self.preprocess: Preprocess | None = None
+        self.undecoded = False
+        """Whether batches hold pictures as they lie in the tars, instead of pixels."""
         self.buffers = Buffers(pin=world.device.type == "cuda")
         self._mixture = self._mix(position, None)
         self._running: _Run | None = None
@@ -198,7 +200,7 @@ class PairStream:
         self._mixture = self._mix(self.position, own)
 
     def __iter__(self) -> Iterator[PairBatch]:
-        if self.features is None and self.preprocess is None:
+        if self.features is None and self.preprocess is None and not self.undecoded:
             raise ValueError("prepare_pictures_for() says how the encoder wants its pictures; call it first")
         return self.span(self.position, len(self) if self.ordered else None)
 
