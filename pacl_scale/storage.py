@@ -44,14 +44,14 @@ def is_local(url: str) -> bool:
     return "://" not in url or url.startswith("file://")
 
 
-def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
-    """The filesystem of ``url`` and the path on it.
+def filesystem(url: str, **options: Any) -> tuple[AbstractFileSystem, str]:
+    """The filesystem of ``url``, with ``options`` of its own, and the path on it.
 
     Raises:
         UserError: no such protocol, or its package is not installed.
     """
     try:
-        return fsspec.core.url_to_fs(url)
+        return fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError) as error:
         raise UserError(f"{url} cannot be opened: {error}") from error
 

@@ -1,11 +1,17 @@
 """Reads over a bad line: nothing lost, nothing doubled, and what cannot be helped is said."""
 
+import http.server
+import re
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from data_sets import write_pairs, write_tar
+from data_sets import PREPROCESS, write_pairs, write_tar
 from faulty_proxy import FAULTS, FaultyProxy
 from test_data_stream import config, open_stream, rows_of
 
@@ -13,7 +19,7 @@ from pacl_scale.data.features import FeatureFormat
 from pacl_scale.data.index import SampleIndex, build_index
 from pacl_scale.data.ranges import Closed, FileClient, PassingFault, Piece, ShardReader
 from pacl_scale.data.reader import ReadConfig
-from pacl_scale.data.stream import PairStream
+from pacl_scale.data.stream import DataConfig, PairStream
 from pacl_scale.errors import RunFailed, UserError
 from pacl_scale.quickstart.store import ObjectStore
 
@@ -213,6 +219,69 @@ def test_other_protocols_go_through_fsspec(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"00001\.tar has 0 bytes"):
         reader.read(1, 512, 1024)
     memory.rm("/other", recursive=True)
+
+
+class FileServer(http.server.BaseHTTPRequestHandler):
+    """Files of a folder over HTTP/1.1, as a whole or, where ``ranges`` is true, in the part that is asked for."""
+
+    folder, ranges, stalls = Path(), True, False
+
+    def do_HEAD(self) -> None:
+        self.answer(b"", len((self.folder / self.path.lstrip("/")).read_bytes()), 200)
+
+    def do_GET(self) -> None:
+        content = (self.folder / self.path.lstrip("/")).read_bytes()
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if self.stalls and asked:
+            self.server.stop.wait(30)  # type: ignore[attr-defined]
+        if asked and self.ranges:
+            part = content[int(asked[1]) : int(asked[2]) + 1]
+            self.answer(part, len(part), 206)
+        else:
+            self.answer(content, len(content), 200)
+
+    def answer(self, body: bytes, length: int, status: int) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextmanager
+def served(folder: Path, **options: Any) -> Iterator[str]:
+    handler = type("Handler", (FileServer,), {"folder": folder, **options})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.stop = threading.Event()  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.stop.set()  # type: ignore[attr-defined]
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def test_tars_behind_a_web_server(tmp_path: Path) -> None:
+    write_pairs(tmp_path, [4, 4])
+    with served(tmp_path) as url, PairStream(DataConfig(root=url), 0, 8, ordered=True) as stream:
+        stream.prepare_pictures_for(PREPROCESS)
+        (batch,) = list(stream)
+        assert batch.keys == [f"{number:07d}" for number in range(8)]
+    with served(tmp_path, ranges=False) as url:
+        reader = ShardReader(SampleIndex.load(url), 1, 5.0, 0)
+        with pytest.raises(UserError, match="whole files where ranges are asked for"):
+            reader.read(1, 512, 1024)
+    with served(tmp_path, stalls=True) as url:
+        reader = ShardReader(SampleIndex.load(url), 1, 0.2, 0)
+        began = time.monotonic()
+        with pytest.raises(RunFailed, match="still fails after 1 tries"):
+            reader.read(1, 512, 1024)
+        assert time.monotonic() - began < 10
 
 
 def test_waits_grow_and_end_when_the_stream_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

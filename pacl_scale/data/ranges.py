@@ -163,7 +163,7 @@ def open_client(root_url: str, connections: int, timeout_s: float) -> RangeClien
         return FileClient(root_url)
     if root_url.startswith(("s3://", "s3a://")):
         return S3Client(root_url, connections, timeout_s)
-    return FsspecClient(root_url)
+    return FsspecClient(root_url, timeout_s)
 
 
 class FileClient:
@@ -238,10 +238,16 @@ class S3Client:
 
 
 class FsspecClient:
-    """Any other protocol that fsspec knows."""
+    """Any other protocol that fsspec knows; whether a file was replaced shows in its size only."""
 
-    def __init__(self, root_url: str) -> None:
-        self._files, self._root = storage.filesystem(root_url)
+    def __init__(self, root_url: str, timeout_s: float) -> None:
+        options: dict[str, Any] = {}
+        if root_url.startswith(("http://", "https://")):
+            from aiohttp import ClientTimeout
+
+            limits = ClientTimeout(LONGEST_READ * timeout_s, sock_connect=timeout_s, sock_read=timeout_s)
+            options = {"client_kwargs": {"timeout": limits}}
+        self._files, self._root = storage.filesystem(root_url, **options)
         self._sizes: dict[str, int | None] = {}
 
     def get(self, name: str, start: int, stop: int) -> Piece:
@@ -250,8 +256,13 @@ class FsspecClient:
         try:
             if name not in self._sizes:
                 self._sizes[name] = self._files.info(path).get("size")
-            return Piece(self._files.cat_file(path, start=start, end=stop), self._sizes[name], None)
-        except (FileNotFoundError, PermissionError, NotImplementedError):
+            content = self._files.cat_file(path, start=start, end=stop)
+            if len(content) == self._sizes[name] and len(content) > stop - start:
+                raise UserError(
+                    f"{path}: the server sends whole files where ranges are asked for; use one that does not"
+                )
+            return Piece(content, self._sizes[name], None)
+        except (UserError, FileNotFoundError, PermissionError, NotImplementedError):
             # These do not pass: asking again would only delay the reader's sentence.
             raise
         except Exception as error:
