@@ -1,9 +1,9 @@
 """Pillow's resize, bit for bit, in a seventh of its time: the part that is kept, compiled for the machine at hand.
 
-Compiled by numba (optional: extra ``cpu``). Pillow's filter (``Resample.c``) is two passes over lines, along the rows
-and along the columns, with weights of 22 bits and a rounding to 8 bits after each. Sums of whole lines are what a
-processor does many at a time, so the pass along the rows runs over transposed strips, in which the pixels of a column,
-which share their weights, lie side by side.
+Compiled by numba; Pillow itself stands in where that cannot be imported. Pillow's filter (``Resample.c``) is two passes
+over lines, along the rows and along the columns, with weights of 22 bits and a rounding to 8 bits after each. Sums of
+whole lines are what a processor does many at a time, so the pass along the rows runs over transposed strips, in which
+the pixels of a column, which share their weights, lie side by side.
 """
 
 from collections.abc import Callable

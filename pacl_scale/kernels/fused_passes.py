@@ -1,8 +1,8 @@
 """The passes of :mod:`pacl_scale.kernels.passes` for float32 and bfloat16 on a CPU: one sweep over a tile each.
 
-Compiled by numba (optional: extra ``cpu``), which brings its own code generator, so no compiler need be installed. A
-row of patches stays in the first-level cache while it is widened, exponentiated, summed and narrowed again. bfloat16
-travels as its 16 bits, because neither numpy nor numba knows the type.
+Compiled by numba, which brings its own code generator, so no compiler need be installed. A row of patches stays in the
+first-level cache while it is widened, exponentiated, summed and narrowed again. bfloat16 travels as its 16 bits, as
+neither numpy nor numba knows the type.
 """
 
 from collections.abc import Callable
