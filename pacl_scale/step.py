@@ -152,8 +152,8 @@ def carry_back(
     last = len(micro_batches) - 1
     shares = phi_grad.split([len(micro.tokens) for micro in micro_batches])
     for number, (micro, share) in enumerate(zip(micro_batches, shares, strict=True)):
-        vectors, ids = own_texts(micro_batches if number == last else [micro])
-        patches, micro_scale, embedded = trainer(micro.tokens, micro.chosen, vectors if waiting else None)
+        vectors, ids = own_texts(micro_batches) if waiting and number == last else (micro.texts, micro.text_ids)
+        patches, micro_scale, embedded = trainer(micro.tokens, micro.chosen, vectors)
         # Every micro-batch sees the same scale, so its gradient is carried in equal parts.
         surrogate = (micro_scale * scale_grad).sum() / len(micro_batches)
         seen = texts

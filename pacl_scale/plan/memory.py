@@ -84,7 +84,9 @@ def phase_bytes(shapes: Shapes, settings: Settings, vision: Tower | None) -> dic
     if shapes.tail:
         # Their gradient begins at the last MLP, whose hidden layer is four times as wide.
         widest = 4 * shapes.tail.tokens * shapes.tail.width
-        weights = shapes.passes * numbers * held
+        # Gradients of micro-batches before wait beside those that are made; ZeRO 2 keeps a rank's part of them.
+        waiting = (sharded if settings.zero_stage >= 2 else numbers) if shapes.accumulation > 1 else 0
+        weights = (numbers + waiting) * held
         phases["trained blocks"] = texts + kept_tables + weights + micro * (shapes.tail.kept + widest) * held
     if vision:
         pictures = micro if settings.on_gpu else min(micro, settings.pictures_per_pass)
