@@ -111,6 +111,7 @@ def test_twenty_kills_lose_nothing_and_double_nothing(tmp_path: Path) -> None:
         drill = Drill(store, farm, tmp_path)
         try:
             while kinds:
+                assert drill.run is None or drill.run.poll() != 0, "done before the last kill: make the list longer"
                 drill.wait_for_a_moment(chance)
                 before = drill.hit.total()
                 drill.kill(kinds[0], chance)
@@ -118,10 +119,12 @@ def test_twenty_kills_lose_nothing_and_double_nothing(tmp_path: Path) -> None:
                     kinds.pop(0)
                     drill.check_what_is_visible()
             made_under_fire = len(drill.sound)
-            # Shards of this size are uploaded in one piece: what a larger one would leave behind is put there.
-            store.client().create_multipart_upload(Bucket=BUCKET, Key=f"{PREFIX}/00001.tar")
             while drill.running().wait(100) != 0:
                 assert drill.hit.total() == len(KINDS)
+            # Shards of this size are uploaded in one piece: what a larger one would leave behind is put there, and the
+            # next run finds it.
+            store.client().create_multipart_upload(Bucket=BUCKET, Key=f"{PREFIX}/00001.tar")
+            assert drill.running().wait(100) == 0
         finally:
             if drill.run is not None and drill.run.poll() is None:
                 drill.run.kill()
