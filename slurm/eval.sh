@@ -18,7 +18,6 @@
 export PYTHON=${PYTHON:-python}
 export PYTHONUNBUFFERED=1
 
-# Every task counts its own part. Pictures that were counted before a requeue are not counted again. Retrieval compares all
-# pictures with all texts, so it cannot be shared: run it with --ntasks-per-node=1.
+# Every task counts its own part. Pictures that were counted before a requeue are not counted again.
 srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} \
     bash -c 'exec $PYTHON -m pacl_scale.evaluate "$@" part=$SLURM_PROCID parts=$SLURM_NTASKS' evaluate "$@"
