@@ -106,7 +106,7 @@ def wanted(nodes: Sequence[Node], chosen: str | None) -> list[str]:
         return default
     found = chosen.split(",")
     if unknown := [name for name in found if name not in known]:
-        raise UserError(f"there is no partition {unknown[0]}; the cluster has {', '.join(known)}")
+        raise UserError(f"there is no partition {unknown[0]}; the cluster has {', '.join(sorted(known))}")
     return found
 
 

@@ -280,6 +280,10 @@ def submit(settings: SubmitConfig, words: list[str]) -> tuple[Path, str | None]:
             number = executor.submit(Training(words, settings.check, settings.nodes * settings.tasks)).job_id
         except submitit.core.utils.FailedJobError as error:
             raise UserError(f"sbatch refuses the job: {' '.join(str(error).split())}") from error
+        except OSError as error:
+            raise UserError(
+                f"the run directory {run} cannot be written ({error.strerror}); nothing was queued"
+            ) from error
     try:
         claims.enter(run, number)
     except UserError:

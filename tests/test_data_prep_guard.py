@@ -291,7 +291,7 @@ def test_a_server_that_says_when_is_believed(farm: WebFarm) -> None:
     ("header", "seconds"),
     [
         ("7", 7),
-        (formatdate(time.time() + 3600, usegmt=True), 3600),
+        ("in an hour", 3600),
         ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
         ("\u00b2", 0),
         ("soon", 0),
@@ -299,6 +299,8 @@ def test_a_server_that_says_when_is_believed(farm: WebFarm) -> None:
     ],
 )
 def test_when_a_server_wants_to_be_asked_again(header: str, seconds: float) -> None:
+    if header == "in an hour":
+        header = formatdate(time.time() + 3600, usegmt=True)
     assert guard._seconds_of(header) == pytest.approx(seconds, abs=120)
 
 

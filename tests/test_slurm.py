@@ -1,5 +1,6 @@
 """Training on a real Slurm: whatever happens to job, nodes and daemons, the curve is that of torchrun."""
 
+import os
 import re
 import shutil
 import signal
@@ -299,6 +300,8 @@ def test_a_full_disk_is_one_sentence(cluster: Cluster, features: str, expected: 
     assert cluster.field(number, "Restarts") == "0"
     assert "No space left on device" in said(run) and "Traceback" not in said(run)
     until(lambda: controller.state_of(number) is None, 30)
+    # Room for a submission, and not for a training.
+    os.truncate(ballast, ballast.stat().st_size - 500_000)
     number = submitted(words, 2, "--check.min-disk-gb=0.001")
     assert cluster.wait(number) == "FAILED", "and an attempt without room does not begin"
     assert "GB left, less than check.min_disk_gb=0.001; make room and submit again" in said(run)

@@ -77,7 +77,7 @@ def test_an_evaluation_is_shared_among_tasks(cluster: Cluster, tmp_path: Path) -
     [
         (["--nodes=5"], "partition main has 4 nodes with 2 GPUs and 2 cores, and 5 are asked for"),
         (["--gpus-per-node=8"], "partition main has 0 nodes with 8 GPUs"),
-        (["--partition=fast"], "there is no partition fast; the cluster has main, urgent, short"),
+        (["--partition=fast"], "there is no partition fast; the cluster has main, short, urgent"),
         (["--partition=main,fast"], "there is no partition fast"),
         (["--partition=short", "--nodes=1", "--time=6"], "partition short ends jobs after 5:00, and 6 is asked for"),
         (["--gpus-per-node=h100:2"], "partition main has 0 nodes with 2 h100 GPUs and 2 cores"),

@@ -226,3 +226,14 @@ def test_following_shows_what_is_added_until_the_end(here: Path, tmp_path: Path)
     (here / "state").unlink()
     assert follow.follow("7", [log], shown) == 1 and "job 7 is GONE" in shown.getvalue()
     assert "SIGNALING" not in follow.OVER and "STAGE_OUT" not in follow.OVER, "such a job has something to do"
+
+
+def test_a_run_directory_without_room_is_named(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("submitit.core.utils.DelayedSubmission.dump", full)
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); nothing was queued"):
+        submit.main(words_of(here))

@@ -66,8 +66,8 @@ class DataConfig:
     read: ReadConfig = field(default_factory=ReadConfig)
 
     patch_sample: int = 0
-    """Patches of a picture that enter a step, drawn from (seed, epoch, key); 0 takes all. 96 of 256 train as well
-    and cost less."""
+    """Patches of a picture that enter a step, drawn from (seed, epoch, key); 0 takes all. Fewer cost less;
+    what they lose, `benchmarks/patch_sampling.py` measures."""
 
     decode_threads: int = 0
     """Threads that decode, in each rank; 0 takes as many as torch computes with."""
