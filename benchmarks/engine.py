@@ -196,7 +196,7 @@ def on_a_rank(rank: int, port: int, folder: Path, steps: int) -> None:
         for stage in range(4):
             train(settings_for(folder, stage, steps), here)
             with LiveBytes() as live:
-                train(replace(settings_for(folder, stage, 3), run=str(folder / f"memory{stage}")), here)
+                train(replace(settings_for(folder, stage, 2), run=str(folder / f"memory{stage}")), here)
             if rank == 0:
                 (folder / f"memory{stage}.json").write_text(json.dumps(live.peak))
 
@@ -247,7 +247,7 @@ def main() -> None:
     arguments = parser.parse_args()
     machine = describe()
     zero = stages(10 if arguments.quick else 50)
-    parts = step_by_parts(64, 2 if arguments.quick else 8)
+    parts = step_by_parts(64, 1 if arguments.quick else 8)
     results = {
         "benchmark": "engine",
         "quick": arguments.quick,

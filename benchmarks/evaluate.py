@@ -2,7 +2,7 @@
 
 ``python benchmarks/evaluate.py [--quick] [--json FILE]``. The paper's ViT-B/16 with its text tower in float32, of
 random weights on drawn pictures: what is measured does not depend on what a tower has learned. For memory ``--quick``
-computes two of the twelve blocks, whose activations take as much as those of twelve, with all weights in memory.
+computes one of the twelve blocks, whose activations take as much as those of twelve, with all weights in memory.
 """
 
 import argparse
@@ -149,7 +149,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="within 50 seconds on two cores")
     parser.add_argument("--json", help="file to write the figures to")
     words = parser.parse_args()
-    pictures, rounds, blocks = (8, 3, 2) if words.quick else (64, 7, DEPTH)
+    pictures, rounds, blocks = (BATCH, 2, 1) if words.quick else (8 * BATCH, 7, DEPTH)
     # A process each: the peak is then of nothing else, and what both compute they share with nobody.
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         peak, again = pool.apply(memory, (1 if words.quick else 2, blocks, pictures))
