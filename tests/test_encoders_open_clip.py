@@ -229,12 +229,15 @@ def test_half_precision_still_gives_float32(config_file: str, checkpoint: str) -
     assert not torch.equal(rounded, exact)
 
 
-def test_no_matrix_of_all_scores_is_held(config_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_matrix_of_all_scores_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("torch's fast path holds the scores of all pairs of patches")
 
     monkeypatch.setattr(torch, "_native_multi_head_attention", refuse)
-    tower = build_vision(VisionConfig(model=config_file, weights="random"))
-    assert tower.encode(torch.zeros(1, 3, 64, 64), stride=4).tokens.shape == (1, 13 * 13, 64)
+    # The fast path takes an even number of heads only.
+    file = tmp_path / "two_heads.json"
+    file.write_text(json.dumps(MODEL | {"vision_cfg": {"image_size": 64, "layers": 2, "width": 128, "patch_size": 16}}))
+    tower = build_vision(VisionConfig(model=str(file), weights="random"))
+    assert tower.encode(torch.zeros(1, 3, 64, 64), stride=4).tokens.shape == (1, 13 * 13, 128)
     # Whoever else computes in this process keeps what torch had set.
     assert torch.backends.mha.get_fastpath_enabled()
