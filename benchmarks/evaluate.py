@@ -37,7 +37,7 @@ CLASSES = 20
 MANY_CLASSES = 171
 """As COCO-Stuff has."""
 WIDTH_OUT = 384
-BATCH = 8
+BATCH = 7
 PLAIN = Protocol(templates="single")
 
 
