@@ -146,7 +146,7 @@ def memory(pictures: int, blocks: int, again: int) -> tuple[float, str]:
 def main() -> int:
     """Measure and print; returns 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="within 50 seconds on two cores")
+    parser.add_argument("--quick", action="store_true", help="about 50 seconds on two cores")
     parser.add_argument("--json", help="file to write the figures to")
     words = parser.parse_args()
     pictures, rounds, blocks = (BATCH, 2, 1) if words.quick else (8 * BATCH, 7, DEPTH)
