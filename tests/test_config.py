@@ -163,8 +163,16 @@ def test_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(interrupted) == EXIT_INTERRUPTED
 
 
-def test_importing_the_package_is_cheap() -> None:
-    code = "import sys, pacl_scale; print([m for m in ('torch', 'deepspeed', 'img2dataset') if m in sys.modules])"
+@pytest.mark.parametrize(
+    ("module", "costly"),
+    [
+        ("pacl_scale", ("torch", "deepspeed", "img2dataset")),
+        # Every rank of a job imports it; a training on cached tokens and vectors builds no tower and draws nothing.
+        ("pacl_scale.train", ("deepspeed", "timm", "torchvision", "open_clip", "transformers", "matplotlib")),
+    ],
+)
+def test_importing_is_cheap(module: str, costly: tuple[str, ...]) -> None:
+    code = f"import sys, {module}; print([m for m in {costly} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from pacl_scale.evaluate import labels as labels_module
 from pacl_scale.evaluate.command import EvaluateConfig, evaluate
 from pacl_scale.evaluate.labels import Lattice, View, cells, label_pixels, merged, spread
 from pacl_scale.evaluate.pictures import AnnotatedConfig
-from pacl_scale.evaluate.protocol import TEMPLATES, Protocol, patch_scores, vectors_for
+from pacl_scale.evaluate.protocol import Protocol, TemplateSet, patch_scores, template_set, vectors_for
 from pacl_scale.evaluate.views import cropped, prepare, windows
 
 RANDOM = torch.Generator().manual_seed(0)
@@ -161,11 +162,12 @@ def test_synonyms_by_mean_by_best_and_alone() -> None:
 
 
 def test_template_sets_are_the_published_ones() -> None:
-    assert {name: len(templates) for name, templates in TEMPLATES.items()} == {
+    assert {name: len(template_set(name)) for name in get_args(TemplateSet)} == {
         **{"paper": 7, "imagenet": 80, "single": 1, "none": 1}
     }
-    assert "a bad photo of a {}." in TEMPLATES["imagenet"] and all(t.count("{}") == 1 for t in TEMPLATES["imagenet"])
-    assert Protocol(templates="imagenet").record()["templates"] == list(TEMPLATES["imagenet"])
+    clips = template_set("imagenet")
+    assert "a bad photo of a {}." in clips and all(template.count("{}") == 1 for template in clips)
+    assert Protocol(templates="imagenet").record()["templates"] == list(clips)
 
 
 @pytest.mark.parametrize(

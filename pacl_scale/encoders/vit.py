@@ -1,6 +1,8 @@
 """One forward pass for every plain vision transformer: what timm and open_clip call by different names.
 
 B pictures, T patches on a grid of h x w, P prefix tokens (class, registers), D channels.
+
+timm is imported where a tower is at work: every command knows this module, and many never build one.
 """
 
 import copy
@@ -11,10 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from pacl_scale.encoders.cpu_block import PICTURES_PER_PASS, CpuBlock, is_plain
 from pacl_scale.encoders.tail import VisionTail
 from pacl_scale.encoders.vision import PatchTokens, Placement, Preprocess
 from pacl_scale.encoders.weights import freeze, load_strictly
@@ -81,6 +81,8 @@ class FrozenViT:
             prefix, width = parts.prefix_1PD.shape[1:]
             self.tail = VisionTail(last, parts.norm, width, prefix, projection_DE).eval().to(device)
         if device.type == "cpu":
+            from pacl_scale.encoders.cpu_block import PICTURES_PER_PASS
+
             self._pictures_per_pass = PICTURES_PER_PASS
         if place.shard:
             for block in parts.blocks:
@@ -169,6 +171,8 @@ class FrozenViT:
     def _positions_on(self, grid: tuple[int, int]) -> Tensor:
         """Positions interpolated to ``grid`` in float32 by a bicubic filter, as timm and open_clip do it."""
         if grid not in self._positions:
+            from timm.layers import resample_abs_pos_embed
+
             assert self._parts.positions_1TD is not None
             positions_1TD = resample_abs_pos_embed(
                 self._parts.positions_1TD.detach().float(),
@@ -196,7 +200,11 @@ def attention_by_parts() -> Iterator[None]:
 
 def _packed(block: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """``block`` as it computes fastest there."""
-    return CpuBlock(block) if device.type == "cpu" and dtype == torch.bfloat16 and is_plain(block) else block
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return block
+    from pacl_scale.encoders.cpu_block import CpuBlock, is_plain
+
+    return CpuBlock(block) if is_plain(block) else block
 
 
 def check_pictures(images_BCHW: Tensor, patch_size: int, stride: int) -> None:

@@ -20,7 +20,7 @@ from pacl_scale.evaluate.labelled import LabelledConfig, LabelledPictures, templ
 from pacl_scale.evaluate.methods import MAJORITY, MASKCLIP, VALUE_PATH, Method, Towers
 from pacl_scale.evaluate.pictures import read_ahead
 from pacl_scale.evaluate.progress import Progress
-from pacl_scale.evaluate.protocol import TEMPLATES, normalised
+from pacl_scale.evaluate.protocol import normalised
 from pacl_scale.evaluate.rows import Row, checkpoint_of, digest, towers_of
 
 ANSWERS = 5
@@ -56,7 +56,7 @@ def protocol_of(data: LabelledPictures, config: LabelledConfig, preprocess: Prep
         "filter": f"{preprocess.interpolation}, antialiased, by torchvision on Pillow pictures",
         "mean": list(preprocess.mean),
         "std": list(preprocess.std),
-        "templates": list(templates_of(data, config.templates, TEMPLATES)),
+        "templates": list(templates_of(data, config.templates)),
         "template_set": config.templates,
         "word_vector": "normalised mean of its normalised prompts",
         "score": "phi of the picture with the class vector; of clip the cosine of its head",

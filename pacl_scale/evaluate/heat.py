@@ -8,7 +8,6 @@ high) shows them.
 import io
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image
@@ -53,4 +52,6 @@ def heat_png(scores_HW: np.ndarray, low: float, high: float) -> bytes:
 
 def palette() -> np.ndarray:
     """(256, 3) uint8: dark to bright."""
+    import matplotlib
+
     return matplotlib.colormaps["inferno"](np.arange(256), bytes=True)[:, :3]

@@ -8,7 +8,7 @@ import contextlib
 import importlib
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from torchvision.datasets import ImageFolder
 
 from pacl_scale.errors import UserError
 from pacl_scale.evaluate.pictures import MAX_PIXELS
+from pacl_scale.evaluate.protocol import TemplateSet, template_set
 
 
 @dataclass(frozen=True)
@@ -271,11 +272,11 @@ def _takes_for_whole(readers: Any, pictures: int | None) -> Iterator[None]:
         readers.V2_DATASET_SIZE = whole
 
 
-def templates_of(data: LabelledPictures, chosen: str, sets: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+def templates_of(data: LabelledPictures, chosen: Literal["own"] | TemplateSet) -> tuple[str, ...]:
     """The prompts of a data set under a choice of :attr:`LabelledConfig.templates`."""
     if chosen == "own":
-        return data.templates or tuple(sets["imagenet"])
-    return tuple(sets[chosen])
+        return data.templates or template_set("imagenet")
+    return template_set(chosen)
 
 
 def _line(error: BaseException) -> str:

@@ -4,7 +4,6 @@ import colorsys
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -145,6 +144,8 @@ def write(picture: Image.Image, at: tuple[float, float], text: str, size: int = 
 
 def font(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans in pixels; it comes with matplotlib, so that no machine needs a font of its own."""
+    import matplotlib
+
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 

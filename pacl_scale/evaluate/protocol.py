@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -17,13 +16,18 @@ from pacl_scale.encoders import PAPER_TEMPLATES, Preprocess, TextEncoder, prompt
 
 # C classes, N word vectors, h x w the grid of patches, H x W the picture as it came.
 
-TEMPLATES = {
-    "paper": PAPER_TEMPLATES,
-    # open_clip keeps CLIP's eighty as functions of the word.
-    "imagenet": tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES),
-    "single": ("a photo of a {}.",),
-    "none": ("{}",),
-}
+TemplateSet = Literal["paper", "imagenet", "single", "none"]
+
+
+def template_set(name: TemplateSet) -> tuple[str, ...]:
+    """The prompts that :attr:`Protocol.templates` names, with ``{}`` in the word's place."""
+    if name == "imagenet":
+        # Seconds to import, and commands that never ask for these know this module.
+        import open_clip
+
+        # It keeps CLIP's eighty as functions of the word.
+        return tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
+    return {"paper": tuple(PAPER_TEMPLATES), "single": ("a photo of a {}.",), "none": ("{}",)}[name]
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Protocol:
     flip: bool = False
     """Also show every view mirrored, and average."""
 
-    templates: Literal["paper", "imagenet", "single", "none"] = "paper"
+    templates: TemplateSet = "paper"
     """Prompts around a class word: the paper's seven, CLIP's eighty, "a photo of a {}.", or the bare word."""
 
     synonyms: Literal["mean", "max", "first"] = "mean"
@@ -111,7 +115,7 @@ class Protocol:
     def record(self) -> dict[str, Any]:
         """All that fixes the figure, for the row: the settings, and what is the same in every protocol."""
         return dataclasses.asdict(self) | {
-            "templates": list(TEMPLATES[self.templates]),
+            "templates": list(template_set(self.templates)),
             "template_set": self.templates,
             "scales": list(self.scales),
             "word_vector": "normalised mean of its normalised prompts",
@@ -166,7 +170,7 @@ class ClassVectors:
 
 def class_vectors(text_encoder: TextEncoder, synonyms: Sequence[Sequence[str]], protocol: Protocol) -> Tensor:
     """One unit vector a class, (C, D) float32: the mean over its words' prompt ensembles, normalised."""
-    templates = TEMPLATES[protocol.templates]
+    templates = template_set(protocol.templates)
     words = [prompt_ensemble(text_encoder, words, templates).mean(dim=0) for words in synonyms]
     return F.normalize(torch.stack(words), dim=-1)
 
@@ -177,14 +181,14 @@ def vectors_for(
     """The vectors of classes under a protocol; with ``background``, those of its background words as a last class."""
     if protocol.synonyms == "max":
         words = [(word, c) for c, alike in enumerate(synonyms) for word in alike]
-        vectors_ND = prompt_ensemble(text_encoder, [word for word, _ in words], TEMPLATES[protocol.templates])
+        vectors_ND = prompt_ensemble(text_encoder, [word for word, _ in words], template_set(protocol.templates))
         owners = [c for _, c in words]
     else:
         asked = [alike[:1] for alike in synonyms] if protocol.synonyms == "first" else synonyms
         vectors_ND = class_vectors(text_encoder, asked, protocol)
         owners = list(range(len(synonyms)))
     if background:
-        rest = prompt_ensemble(text_encoder, protocol.background_words, TEMPLATES[protocol.templates])
+        rest = prompt_ensemble(text_encoder, protocol.background_words, template_set(protocol.templates))
         vectors_ND = torch.cat([vectors_ND, rest])
         owners += [len(synonyms)] * len(rest)
     return ClassVectors(vectors_ND, torch.tensor(owners))
