@@ -18,7 +18,10 @@ PRELOAD = [
     "deepspeed",
     "numba",
     "s3fs",
-    # What others import when they are first used.
+    # What others import when they are first used, and what towers do when they are built.
+    "pacl_scale.encoders.from_open_clip",
+    "pacl_scale.encoders.from_package",
+    "transformers.models.bert.modeling_bert",
     "torch._dynamo",
     "torch._inductor.compile_fx",
     "deepspeed.runtime.zero.muon.original_muon",

@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from slurm_cluster import Cluster, until
 from training import curve, settings_for
@@ -15,7 +18,7 @@ from pacl_scale.checkpoint import CheckpointConfig
 from pacl_scale.train import TrainConfig
 
 SCRIPT = Path(__file__).resolve().parents[1] / "slurm" / "train.sh"
-STEPS = 80
+STEPS = 100
 
 
 def words_for(features: str, run: Path, **changes: Any) -> list[str]:
@@ -54,6 +57,22 @@ def by_sbatch(cluster: Cluster, run: Path, words: list[str], nodes: int, *more: 
     command = ["sbatch", "--parsable", f"--nodes={nodes}", "--gpus-per-node=0", "--ntasks-per-node=1"]
     command += [*more, f"--output={run.parent}/pacl-%j.log", f"--export=ALL,PYTHON={sys.executable}"]
     return cluster.run(*command, str(SCRIPT), str(run), *words).strip()
+
+
+@contextmanager
+def held(cluster: Cluster, number: str) -> Iterator[None]:
+    """Let a job's trainers stand still, so that something can happen to it that takes a while."""
+    nodes = cluster.run("scontrol", "show", "hostnames", cluster.field(number, "NodeList")).split()
+    trainers = [process for node in nodes for process in cluster.training(node)]
+    assert trainers, "nobody trains there"
+    for process in trainers:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in trainers:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
 
 
 def wait_for_step(run: Path, step: int) -> None:

@@ -91,7 +91,7 @@ class Attempt:
         while launching and all(process.is_alive() for process in self.ranks) and time.monotonic() < deadline:
             time.sleep(0.02)
         if launching:
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 3
         for process in self.ranks:
             process.join(max(0.0, deadline - time.monotonic()))
         codes = [process.exitcode for process in self.ranks]

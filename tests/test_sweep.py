@@ -241,10 +241,9 @@ def test_a_copy_that_failed_is_made_at_the_next_look(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.slow
-@pytest.mark.weights
-def test_trainings_are_swept_by_the_same_runner(features: str, tmp_path: Path) -> None:
+def test_trainings_are_swept_by_the_same_runner(quick_features: str, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    values = config.to_dict(settings_for(features, "unused"))
+    values = config.to_dict(settings_for(quick_features, "unused"))
     recipe.write_text(yaml.safe_dump(values))
     words = [f"--output={tmp_path}/sweep", f'--training=["{recipe}"]', "--cluster=local", "--poll-seconds=0.3"]
     words += ['--settings={"optim.lr": [0.01, 0.0001], "seed": [3]}', "--throttle=1"]

@@ -101,7 +101,9 @@ def may_try(entry: ledger.Entry, call: str, attempts: int) -> bool:
 def work(pack: Pack) -> None:
     """Work on the cells of a pack that still need it, in order."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pacl_scale.sweep.preload", f"pacl_scale.{_room(pack.kind)}"])
+    # With the libraries of towers, which are seconds to import and which every cell would import for itself.
+    preload = ["sweep.preload", _room(pack.kind), "encoders.from_open_clip"]
+    context.set_forkserver_preload([f"pacl_scale.{module}" for module in preload])
     job, node = job_name(), socket.gethostname()
     for name in pack.cells:
         folder = Path(pack.folder) / name
