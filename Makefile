@@ -4,16 +4,27 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test lint format clean
+# Tests run side by side: many of them wait. `make test WORKERS=0` runs them one after the other.
+WORKERS ?= 3
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS)
+
+.PHONY: help demo test test-changed test-times lint format clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: $(VENV)/demo.stamp ## the whole pipeline on this machine; writes runs/demo/report.html
 	$(BIN)/python -m pacl_scale.quickstart $(ARGS)
 
-test: $(VENV)/dev.stamp ## all tests (ARGS="-k name" chooses some)
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/dev.stamp ## all tests (ARGS="-k name" chooses some; WORKERS=0: one after the other)
+	$(PYTEST) --junit-xml=runs/tests.xml $(ARGS)
+
+test-changed: $(VENV)/dev.stamp ## tests that import what is changed and not committed (BASE=main: what the branch changed)
+	$(PYTEST) --impacted --impacted-module=pacl_scale --impacted-tests-dir=tests \
+	    $(if $(BASE),--impacted-git-mode=branch --impacted-base-branch=$(BASE)) $(ARGS)
+
+test-times: $(VENV)/dev.stamp ## seconds of each test file in the newest `make test`, the slowest first
+	$(BIN)/python tests/times.py runs/tests.xml
 
 lint: $(VENV)/dev.stamp ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .

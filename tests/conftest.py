@@ -1,14 +1,56 @@
-"""Fixtures of more than one test file."""
+"""Fixtures of more than one test file, and how tests are shared among the workers of ``pytest -n``."""
 
+import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers fill the cores between them. Before torch is imported, which reads it then.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import schedule
+from _pytest.junitxml import xml_key
 from slurm_cluster import Cluster, missing, slurm_cluster
 from training import VECTORS, write_features
 
 from pacl_scale.errors import UserError
 from pacl_scale.quickstart.store import ObjectStore, find_server
+
+PROPERTIES = "testsuite_properties"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> schedule.ByFile:
+    """Files, the longest first."""
+    config.option.loadscopereorder = False
+    return schedule.ByFile(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The same in every worker, as xdist demands."""
+    if hasattr(config, "workerinput"):
+        schedule.longest_first(items)
+
+
+@pytest.fixture(scope="session")
+def record_testsuite_property(
+    request: pytest.FixtureRequest, record_testsuite_property: Callable[[str, object], None]
+) -> Callable[[str, object], None]:
+    """pytest's own; a worker, which writes no report, hands what is recorded to the process that does."""
+    output = getattr(request.config, "workeroutput", None)
+    if output is None:
+        return record_testsuite_property
+    return lambda name, value: output.setdefault(PROPERTIES, []).append((name, value))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Write what a worker recorded to the report."""
+    if report := node.config.stash.get(xml_key, None):
+        for name, value in getattr(node, "workeroutput", {}).get(PROPERTIES, []):
+            report.add_global_property(name, value)
 
 
 @pytest.fixture(scope="session")

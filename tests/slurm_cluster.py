@@ -20,6 +20,7 @@ import psutil
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "unshare")
 GPU_TYPE = "a100"
 MEMORY_MB = 8000
+JOBS_A_WORKER = 40
 FEATURE = "ib"
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
@@ -42,7 +43,7 @@ def find(program: str) -> str | None:
 class Cluster:
     """A running cluster. Commands find it through :attr:`environment`."""
 
-    def __init__(self, folder: Path, nodes: int, gpus: int, max_array_size: int = 1001) -> None:
+    def __init__(self, folder: Path, nodes: int, gpus: int, max_array_size: int = 1001, first_job: int = 1) -> None:
         self.folder = folder
         self.names = [f"n{number}" for number in range(1, nodes + 1)]
         self.environment = {"SLURM_CONF": str(folder / "slurm.conf")}
@@ -51,7 +52,7 @@ class Cluster:
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._namespaces: dict[str, list[int]] = {}
         """Of each node that is on: host name and mounts, held open so that nothing else gets their numbers."""
-        self._write_files(gpus, max_array_size)
+        self._write_files(gpus, max_array_size, first_job)
 
     def run(self, *words: str, check: bool = True) -> str:
         """What a command on this cluster prints."""
@@ -214,7 +215,7 @@ class Cluster:
         mine = f"uts:[{os.fstat(self._namespaces[name][0]).st_ino}]"
         return [pid for pid in pids if _namespace(pid) == mine]
 
-    def _write_files(self, gpus: int, max_array_size: int) -> None:
+    def _write_files(self, gpus: int, max_array_size: int, first_job: int) -> None:
         for folder in ("state", "spool", *(f"spool/{name}" for name in self.names)):
             (self.folder / folder).mkdir()
         hosts = ["127.0.0.1 localhost " + socket.gethostname(), *(f"127.0.0.1 {name}" for name in self.names)]
@@ -248,11 +249,14 @@ class Cluster:
             "PropagateResourceLimits": "NONE",
             "SelectType": "select/cons_tres",
             "SelectTypeParameters": "CR_CPU",
-            "SchedulerParameters": "sched_interval=2,bf_interval=2",
+            "SchedulerParameters": "sched_interval=1,bf_interval=1,batch_sched_delay=0",
             "MaxArraySize": max_array_size,
+            "FirstJobId": first_job,
             "PreemptType": "preempt/partition_prio",
             "PreemptMode": "REQUEUE",
             "SlurmdTimeout": 10,
+            # What a drill asks of a job that ended while others ran.
+            "MinJobAge": 3600,
             "KillWait": 5,
             "ReturnToService": 2,
             "MpiDefault": "none",
@@ -272,10 +276,15 @@ class Cluster:
 
 @contextmanager
 def slurm_cluster(folder: Path, nodes: int = 2, gpus: int = 0, max_array_size: int = 1001) -> Iterator[Cluster]:
-    """A cluster of ``nodes`` nodes with ``gpus`` pretended GPUs each, for the length of a ``with`` block."""
+    """A cluster of ``nodes`` nodes with ``gpus`` pretended GPUs each, for the length of a ``with`` block.
+
+    Under ``pytest -n`` each worker's clusters number their jobs from elsewhere: their ranks meet on ports that follow
+    from a job's number, and all nodes are one machine.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o755)
-    cluster = Cluster(folder, nodes, gpus, max_array_size)
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    cluster = Cluster(folder, nodes, gpus, max_array_size, first_job=1 + JOBS_A_WORKER * worker)
     try:
         cluster.start()
         yield cluster
