@@ -37,17 +37,7 @@ SIZE = {"B": 64, "T": 196, "N": 4096, "D": 512}
 SCALE = 10.0
 CHUNK_IMAGES = 8
 """Of the straightforward version in chunks, whose memory ours is compared with: a whole batch would take 8 times it."""
-KERNEL_SIZES = (
-    (196, 512, "bf16"),
-    (256, 512, "bf16"),
-    (256, 768, "bf16"),
-    (196, 512, "fp32"),
-    (256, 768, "fp32"),
-    (49, 512, "bf16"),
-    (576, 768, "bf16"),
-    (1024, 512, "bf16"),
-    (1024, 512, "fp32"),
-)
+KERNEL_SIZES = tuple((T, dtype) for T in (49, 196, 256, 576, 1024, 4096) for dtype in ("bf16", "fp32"))
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -206,38 +196,40 @@ def compiled_kernels() -> list[dict[str, Any]]:
     """Registers, shared memory and spills of the CUDA kernels for sm_80 and sm_90, as ptxas reports them."""
     from pacl_scale.kernels import triton as kernels
 
-    rows = []
-    for capability in (80, 90):
-        for T, D, dtype in KERNEL_SIZES:
-            for direction in ("forward", "backward"):
-                rows.append(compile_kernel(kernels, direction, capability, T, D, dtype))
-    return rows
+    return [
+        compile_kernel(kernels, sweep, capability, T, dtype)
+        for capability in (80, 90)
+        for T, dtype in KERNEL_SIZES
+        for sweep in ("attend", "normalise", "slopes")
+    ]
 
 
-def compile_kernel(kernels: Any, direction: str, capability: int, T: int, D: int, dtype: str) -> dict[str, Any]:
-    """One kernel for one GPU architecture, type and size."""
+def compile_kernel(kernels: Any, sweep: str, capability: int, T: int, dtype: str) -> dict[str, Any]:
+    """One kernel for one GPU architecture, type and number of patches."""
     import triton
     from triton.backends import nvidia
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = {"forward": kernels._forward, "backward": kernels._backward}[direction]
-    launch = kernels.Launch.of(T, TYPES[dtype].itemsize)
-    constants = launch.arguments("cosine")
-    products_of = ("units", "texts", "gram", "attention", "slopes", "weights")
+    kernel = getattr(kernels, f"_{sweep}")
+    launch = kernels.Launch.of(T)
+    constants = {"BLOCK_T": launch.block_t, "BLOCK_N": launch.block_n}
+    if "COSINE" in kernel.arg_names:
+        constants["COSINE"] = True
+    tables = ("attention", "mixed", "slopes", "weights")
     signature = {
         name: "constexpr" if name in constants
-        else "i32" if name in ("T", "N", "D")
+        else "i32" if name in ("T", "N")
         else "fp32" if name in ("scale", "floor_square", "most_inverse")
-        else f"*{dtype}" if name in products_of
+        else f"*{dtype}" if name in tables
         else "*fp32"
         for name in kernel.arg_names
     }  # fmt: skip
     # What the run time would find out of the arguments: aligned pointers, sizes divisible by 16.
-    aligned = [n.startswith("*") or k in ("N", "D") or (k == "T" and T % 16 == 0) for k, n in signature.items()]
+    aligned = [n.startswith("*") or k == "N" or (k == "T" and T % 16 == 0) for k, n in signature.items()]
     attributes = {(i,): [["tt.divisibility", 16]] for i, yes in enumerate(aligned) if yes}
     source = ASTSource(kernel, signature, constants, attributes)
-    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options())
+    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.warps})
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(result.asm["ptx"], encoding="utf-8")
@@ -247,11 +239,10 @@ def compile_kernel(kernels: Any, direction: str, capability: int, T: int, D: int
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
     return {
-        "kernel": direction,
+        "kernel": sweep,
         "arch": f"sm_{capability}",
         "type": dtype,
         "T": T,
-        "D": D,
         "texts": launch.block_n,
         "warps": launch.warps,
         "registers": int(re.findall(r"Used (\d+) registers", said)[0]),

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,12 +23,15 @@ class Counting:
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
 
-    def embed(self, texts: list[str]) -> Tensor:
-        self.batches.append(texts)
-        return torch.tensor([[len(text), text.count("a")] for text in texts], dtype=torch.bfloat16)
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        return [[ord(letter) for letter in text] for text in texts]
 
-    def padded_lengths(self, texts: list[str]) -> list[int]:
-        return [2 * -(-len(text) // 2) for text in texts]
+    def padded_length(self, tokens: list[int]) -> int:
+        return 2 * -(-len(tokens) // 2)
+
+    def embed(self, tokens: list[list[int]]) -> Tensor:
+        self.batches.append(["".join(map(chr, row)) for row in tokens])
+        return torch.tensor([[len(row), row.count(ord("a"))] for row in tokens], dtype=torch.bfloat16)
 
     def fingerprint(self) -> dict[str, Any]:
         return {"source": "counting"}
@@ -74,6 +78,15 @@ def test_more_strings_than_the_cache_holds_at_once() -> None:
         encoder = CachedTextEncoder(Counting(), batch_size=2, cache_size=size)
         for _ in range(2):
             assert encoder.encode(["a", "bb", "a", "ccc"]).tolist() == [[1, 1], [2, 0], [1, 1], [3, 0]]
+
+
+def test_vectors_stay_those_of_their_strings_while_the_cache_is_used() -> None:
+    tower, random = Counting(), np.random.default_rng(0)
+    for size in (1, 3, 7, 50):
+        encoder = CachedTextEncoder(tower, batch_size=4, cache_size=size)
+        for _ in range(40):
+            texts = ["".join(random.choice(["a", "b"], random.integers(1, 6))) for _ in range(random.integers(0, 9))]
+            assert encoder.encode(texts).tolist() == [[len(text), text.count("a")] for text in texts]
 
 
 def test_no_strings_give_no_vectors() -> None:

@@ -75,26 +75,26 @@ class HuggingFaceText:
         tokenizer.enable_truncation(max_tokens)
         self._pooling, self._normalize = pooling, normalize
 
-    def embed(self, texts: list[str]) -> Tensor:
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        """See :meth:`pacl_scale.encoders.text.TextTower.tokenize`."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
+
+    def padded_length(self, tokens: list[int]) -> int:
+        """See :meth:`pacl_scale.encoders.text.TextTower.padded_length`."""
+        return padded_length(len(tokens), self._max_tokens)
+
+    def embed(self, tokens: list[list[int]]) -> Tensor:
         """See :meth:`pacl_scale.encoders.text.TextTower.embed`."""
-        rows = self._tokenize(texts)
-        length = max(padded_length(len(row), self._max_tokens) for row in rows)
-        tokens_nL = pad(rows, length, self._padding).to(self.device)
-        mask_nL = pad([[1] * len(row) for row in rows], length, 0).to(self.device)
+        length = max(self.padded_length(row) for row in tokens)
+        tokens_nL = pad(tokens, length, self._padding).to(self.device)
+        mask_nL = pad([[1] * len(row) for row in tokens], length, 0).to(self.device)
         states_nLD = self.module(input_ids=tokens_nL, attention_mask=mask_nL).last_hidden_state.float()
         vectors_nD = states_nLD[:, 0] if self._pooling == "cls" else _mean(states_nLD, mask_nL)
         return F.normalize(vectors_nD, dim=-1) if self._normalize else vectors_nD
 
-    def padded_lengths(self, texts: list[str]) -> list[int]:
-        """See :meth:`pacl_scale.encoders.text.TextTower.padded_lengths`."""
-        return [padded_length(len(row), self._max_tokens) for row in self._tokenize(texts)]
-
     def fingerprint(self) -> dict[str, Any]:
         """See :meth:`pacl_scale.encoders.text.TextEncoder.fingerprint`."""
         return dict(self._fingerprint)
-
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
 
 
 def pad(rows: list[list[int]], length: int, filler: int) -> Tensor:

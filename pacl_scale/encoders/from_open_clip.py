@@ -102,23 +102,23 @@ class OpenClipText:
         self._tokenizer = tokenizer
         self._length = min(max_tokens or tokenizer.context_length, tokenizer.context_length)
         with torch.no_grad():
-            self.width = self.embed(["a"]).shape[-1]
+            self.width = self.embed(self.tokenize(["a"])).shape[-1]
 
-    def embed(self, texts: list[str]) -> Tensor:
-        """See :meth:`pacl_scale.encoders.text.TextTower.embed`."""
-        tokens_nL = self._tokenizer(texts, context_length=self._length).to(self.device)
-        if not self._is_causal():
-            return self.module.encode_text(_padded(tokens_nL, self._tokenizer.context_length))
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        """See :meth:`pacl_scale.encoders.text.TextTower.tokenize`."""
+        rows = self._tokenizer(texts, context_length=self._length).tolist()
         # A causal tower never looks at what follows the end token: cut the padding, most of a caption's 77 tokens.
-        longest = int((tokens_nL != 0).sum(dim=1).max())
-        return _causal_vectors(self.module, tokens_nL[:, : padded_length(longest, self._length)])
+        return [row[: len(row) - row[::-1].index(max(row))] for row in rows] if self._is_causal() else rows
 
-    def padded_lengths(self, texts: list[str]) -> list[int]:
-        """See :meth:`pacl_scale.encoders.text.TextTower.padded_lengths`."""
-        if not self._is_causal():
-            return [self._tokenizer.context_length] * len(texts)
-        tokens_nL = self._tokenizer(texts, context_length=self._length)
-        return [padded_length(int(count), self._length) for count in (tokens_nL != 0).sum(dim=1)]
+    def padded_length(self, tokens: list[int]) -> int:
+        """See :meth:`pacl_scale.encoders.text.TextTower.padded_length`."""
+        return padded_length(len(tokens), self._length) if self._is_causal() else self._tokenizer.context_length
+
+    def embed(self, tokens: list[list[int]]) -> Tensor:
+        """See :meth:`pacl_scale.encoders.text.TextTower.embed`."""
+        length = max(self.padded_length(row) for row in tokens)
+        tokens_nL = torch.tensor([row + [0] * (length - len(row)) for row in tokens]).to(self.device)
+        return _causal_vectors(self.module, tokens_nL) if self._is_causal() else self.module.encode_text(tokens_nL)
 
     def fingerprint(self) -> dict[str, Any]:
         """See :meth:`pacl_scale.encoders.text.TextEncoder.fingerprint`."""
@@ -139,10 +139,6 @@ def _causal_vectors(model: open_clip.CLIP, tokens_nL: Tensor) -> Tensor:
     if isinstance(model.text_projection, nn.Linear):
         return model.text_projection(vectors_nD)
     return vectors_nD if model.text_projection is None else vectors_nD @ model.text_projection
-
-
-def _padded(tokens_nL: Tensor, length: int) -> Tensor:
-    return nn.functional.pad(tokens_nL, (0, length - tokens_nL.shape[1]))
 
 
 def _create(name: str, weights: str | None, seed: int) -> tuple[Any, Any]:

@@ -39,18 +39,25 @@ class TextTower(Protocol):
     module: nn.Module
     """What holds its weights."""
 
-    def embed(self, texts: list[str]) -> Tensor:
-        """(n, D) vectors of one batch."""
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        """Token numbers of each string, without padding."""
         ...
 
-    def padded_lengths(self, texts: list[str]) -> list[int]:
-        """Tokens that each string is padded to in a batch of strings of its own kind, a :func:`padded_length`."""
+    def padded_length(self, tokens: list[int]) -> int:
+        """Tokens that a string is padded to in a batch of strings of its own kind, a :func:`padded_length`."""
+        ...
+
+    def embed(self, tokens: list[list[int]]) -> Tensor:
+        """(n, D) vectors of one batch."""
         ...
 
     def fingerprint(self) -> dict[str, Any]:
         """See :meth:`TextEncoder.fingerprint`."""
         ...
 
+
+BATCH_SIZES = {"cpu": 32, "cuda": 256}
+"""Strings encoded at once by default. On a GPU a batch of 256 takes hardly longer than one of 32."""
 
 LENGTH_STEP = 16
 """Strings are padded to a multiple of so many tokens: few lengths, so that full batches of one length are common."""
@@ -74,16 +81,17 @@ class TextEncoderConfig:
     """huggingface: scale each vector to length 1, for models that are defined so."""
     max_tokens: int | None = None
     """Longer strings are cut to so many tokens; None is what the tower was trained with."""
-    batch_size: int = 32
-    """Strings encoded at once. Batches are filled up to exactly so many, as their shape decides how sums are rounded:
-    so a string has the same vector, bit for bit, whatever is encoded with it, and a resumed run is the same run."""
+    batch_size: int | None = None
+    """Strings encoded at once; None is 32 on a CPU and 256 on a GPU. Batches are filled up to exactly so many, as their
+    shape decides how sums are rounded: so a string has the same vector, bit for bit, whatever is encoded with it, and a
+    resumed run is the same run."""
     cache_size: int = 100_000
     """Vectors kept in memory, least recently used dropped first (2 KB each at 512 channels); 0 keeps none."""
     seed: int = 0
     """Seed of ``random`` weights."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.cache_size < 0:
+        if (self.batch_size is not None and self.batch_size < 1) or self.cache_size < 0:
             raise ValueError("batch_size must be at least 1 and cache_size at least 0")
         if self.max_tokens is not None and self.max_tokens < 3:
             raise ValueError("max_tokens: at least 3, two of which mark the beginning and the end")
@@ -106,7 +114,8 @@ def build_text(
     Raises:
         UserError: no such model, tag or file; a missing package; a checkpoint of another architecture.
     """
-    return CachedTextEncoder(_build_tower(config, torch.device(device), dtype), config.batch_size, config.cache_size)
+    tower = _build_tower(config, torch.device(device), dtype)
+    return CachedTextEncoder(tower, config.batch_size or BATCH_SIZES[tower.device.type], config.cache_size)
 
 
 def _build_tower(config: TextEncoderConfig, device: torch.device, dtype: torch.dtype) -> TextTower:
@@ -132,46 +141,76 @@ class CachedTextEncoder:
         self.module = tower.module
         self._tower = tower
         self.batch_size = batch_size
-        self._cache_size = cache_size
-        self._vectors: OrderedDict[str, Tensor] = OrderedDict()
+        self._known = VectorTable(cache_size, tower.width, tower.device)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """See :meth:`TextEncoder.encode`."""
-        if not texts:
-            return torch.empty(0, self.width, device=self._tower.device)
         unique = list(dict.fromkeys(texts))
-        known = {text: self._vectors[text] for text in unique if text in self._vectors}
-        known |= self._encode_new([text for text in unique if text not in known])
-        self._remember({text: known[text] for text in unique})
-        return torch.stack([known[text] for text in texts])
+        known = [text for text in unique if text in self._known]
+        new = [text for text in unique if text not in self._known]
+        vectors_UD = torch.cat([self._known.read(known), self._encode_new(new)])
+        self._known.remember(new, vectors_UD[len(known) :])
+        place = {text: row for row, text in enumerate(known + new)}
+        return vectors_UD[torch.tensor([place[text] for text in texts], dtype=torch.long, device=self._tower.device)]
 
     def fingerprint(self) -> dict[str, Any]:
         """See :meth:`TextEncoder.fingerprint`."""
         return self._tower.fingerprint()
 
-    def _encode_new(self, texts: list[str]) -> dict[str, Tensor]:
-        by_length: dict[int, list[str]] = {}
-        for text, length in zip(texts, self._tower.padded_lengths(texts), strict=True):
-            by_length.setdefault(length, []).append(text)
-        vectors: dict[str, Tensor] = {}
-        with torch.no_grad():
-            for alike in by_length.values():
-                for start in range(0, len(alike), self.batch_size):
-                    batch = alike[start : start + self.batch_size]
-                    filled = batch + batch[-1:] * (self.batch_size - len(batch))
-                    # A row of a batch would keep the whole batch alive; a clone owns its own kilobytes.
-                    rows = [vector_D.clone() for vector_D in self._tower.embed(filled)[: len(batch)].float()]
-                    vectors |= dict(zip(batch, rows, strict=True))
-        return vectors
+    @torch.no_grad()
+    def _encode_new(self, texts: list[str]) -> Tensor:
+        """(n, D) float32 vectors of different strings, those of one padded length together."""
+        vectors_nD = torch.empty(len(texts), self.width, device=self._tower.device)
+        tokens = self._tower.tokenize(texts) if texts else []
+        by_length: dict[int, list[int]] = {}
+        for row, own in enumerate(tokens):
+            by_length.setdefault(self._tower.padded_length(own), []).append(row)
+        for alike in by_length.values():
+            for start in range(0, len(alike), self.batch_size):
+                rows = alike[start : start + self.batch_size]
+                filled = rows + rows[-1:] * (self.batch_size - len(rows))
+                batch_bD = self._tower.embed([tokens[row] for row in filled])[: len(rows)]
+                vectors_nD[torch.tensor(rows, device=vectors_nD.device)] = batch_bD.float()
+        return vectors_nD
 
-    def _remember(self, vectors: dict[str, Tensor]) -> None:
-        if not self._cache_size:
+
+class VectorTable:
+    """Vectors of the strings used last, as rows of one tensor that grows as it fills: read and written all at once."""
+
+    def __init__(self, most: int, width: int, device: torch.device) -> None:
+        self._most = most
+        self._table_SD = torch.empty(0, width, device=device)
+        self._rows: OrderedDict[str, int] = OrderedDict()
+        """Row of each string, the least recently used first."""
+
+    def __contains__(self, text: str) -> bool:
+        return text in self._rows
+
+    def read(self, texts: list[str]) -> Tensor:
+        """(n, D) vectors of strings that are in the table, which now are the ones used last."""
+        for text in texts:
+            self._rows.move_to_end(text)
+        return self._table_SD[self._index([self._rows[text] for text in texts])]
+
+    def remember(self, texts: list[str], vectors_nD: Tensor) -> None:
+        """Put in strings that are not in the table; those used least recently give way."""
+        left_out = max(0, len(texts) - self._most)
+        texts, vectors_nD = texts[left_out:], vectors_nD[left_out:]
+        if not texts:
             return
-        for text, vector_D in vectors.items():
-            self._vectors[text] = vector_D
-            self._vectors.move_to_end(text)
-        while len(self._vectors) > self._cache_size:
-            self._vectors.popitem(last=False)
+        rows = []
+        for text in texts:
+            rows.append(len(self._rows) if len(self._rows) < self._most else self._rows.popitem(last=False)[1])
+            self._rows[text] = rows[-1]
+        missing = len(self._rows) - len(self._table_SD)
+        if missing > 0:
+            grown = min(self._most, max(2 * len(self._table_SD), len(self._rows))) - len(self._table_SD)
+            more_SD = self._table_SD.new_empty(grown, self._table_SD.shape[1])
+            self._table_SD = torch.cat([self._table_SD, more_SD])
+        self._table_SD[self._index(rows)] = vectors_nD
+
+    def _index(self, rows: list[int]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.long, device=self._table_SD.device)
 
 
 def padded_length(tokens: int, most: int) -> int:

@@ -2,7 +2,7 @@
 
 * :mod:`~pacl_scale.kernels.eager`: the definition, line by line; the oracle of every test.
 * :mod:`~pacl_scale.kernels.tiled`: any device, any size; recomputes in backward.
-* :mod:`~pacl_scale.kernels.triton`: CUDA; one fused kernel forward, one backward, library products between.
+* :mod:`~pacl_scale.kernels.triton`: CUDA; the library's matrix products, and fused sweeps between them.
 
 Each offers ``pool(patches_BTD, texts_ND, scale, pooling, mask_BT)``, where the texts are unit vectors already, of the
 patches' type or a wider one, and the patches are not. Call them through
