@@ -19,14 +19,13 @@ from data_prep.lock import Busy, only_run
 from data_prep.parts import WHOLE, read_verified
 from data_prep.uploads import abort_unfinished
 from pacl_scale import storage
-from pacl_scale.config import parse
+from pacl_scale.config import SHIPPED, parse
 from pacl_scale.errors import RunFailed, UserError, run_command
 from pacl_scale.log import configure, get_logger
 
 log = get_logger(__name__)
 
 PROG = "data_prep/download.py"
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "data"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +66,7 @@ def _refuse_what_is_ignored(verb: str, config: DownloadConfig) -> None:
 
 def with_config_of_name(words: list[str]) -> list[str]:
     """``words`` with a first one such as ``cc3m`` replaced by ``--config`` and its file."""
-    names = {path.stem: str(path) for path in CONFIGS.glob("*.yaml")}
+    names = {path.stem: str(path) for path in (SHIPPED / "data").glob("*.yaml")}
     return ["--config", names[words[0]], *words[1:]] if words and words[0] in names else words
 
 

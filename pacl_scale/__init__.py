@@ -4,9 +4,14 @@ Importing the package is cheap on purpose: torch, deepspeed and img2dataset are 
 use them, so that ``pacl-scale --help`` answers at once.
 """
 
+from importlib import metadata
 from typing import TYPE_CHECKING, Literal
 
-__version__ = "0.1.0"
+try:
+    __version__ = metadata.version("pacl-scale")
+    """As in pyproject.toml, through what the installer wrote down."""
+except metadata.PackageNotFoundError:  # a checkout on PYTHONPATH
+    __version__ = "not installed"
 
 if TYPE_CHECKING:
     from pacl_scale.pretrained import Pretrained

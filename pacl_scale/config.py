@@ -3,7 +3,8 @@
 A command describes its configuration with a dataclass whose fields carry docstrings. The dataclass lives beside
 the code that it configures; here is only what turns files and words into it. Precedence, lowest first: the
 dataclass, ``--config file.yaml`` (repeatable), ``--some.key value`` (or the bare ``some.key=value``). Keys may be
-written with hyphens (``--words-file``), and ``--key`` alone says true of one that is true or false.
+written with hyphens (``--words-file``), and ``--key`` alone says true of one that is true or false. A file below
+``configs/`` that the current folder does not have is the one that comes with the package.
 """
 
 import dataclasses
@@ -18,6 +19,9 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from pacl_scale.errors import UserError
 
 Config = TypeVar("Config")
+
+SHIPPED = Path(__file__).parent / "configs"
+"""The configurations that come with the package. In a checkout this is a link to its ``configs/``."""
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -72,7 +76,7 @@ def parse(
     """
     import sys
 
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = _with_shipped_files(sys.argv[1:] if argv is None else argv, file_option)
     parser = build_parser(config_class, prog, positionals, file_option)
     try:
         namespace = parser.parse_args(_as_options(words, parser, config_class))
@@ -110,6 +114,23 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> d
 def _flat(value: Any) -> Sequence[Any]:
     # YAML has no tuples: a tuple saved and read again is a list, and that is no difference.
     return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def shipped(name: str) -> str:
+    """``name``, unless it is a file below ``configs/`` that only the package has: then where that one lies."""
+    own = SHIPPED / name.removeprefix("configs/")
+    return str(own) if name.startswith("configs/") and not os.path.exists(name) and own.is_file() else name
+
+
+def _with_shipped_files(words: Sequence[str], file_option: str) -> list[str]:
+    found: list[str] = []
+    for word in words:
+        option, equals, name = word.partition("=")
+        if found and found[-1] == file_option:
+            found.append(shipped(word))
+        else:
+            found.append(f"{option}={shipped(name)}" if equals and option == file_option else word)
+    return found
 
 
 def _as_options(words: Sequence[str], parser: ArgumentParser, config_class: type[Any]) -> list[str]:
