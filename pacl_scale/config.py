@@ -17,6 +17,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from pacl_scale.errors import UserError
+from pacl_scale.secrecy import key_of_secret
 
 Config = TypeVar("Config")
 
@@ -71,8 +72,8 @@ def parse(
         The configuration; with ``positionals``, a tuple of it and a ``{name: value}`` dictionary.
 
     Raises:
-        UserError: unknown key, wrong type, unreadable file, or a combination that the dataclass refuses by
-            raising ``ValueError`` in ``__post_init__``.
+        UserError: unknown key, wrong type, unreadable file, a secret (:mod:`pacl_scale.secrecy`), or a combination
+            that the dataclass refuses by raising ``ValueError`` in ``__post_init__``.
     """
     import sys
 
@@ -86,6 +87,11 @@ def parse(
         config = config_class(**fields)
     except (ArgumentError, ValueError, TypeError) as error:
         raise UserError(f"{_one_line(error)} ({prog} --help lists every key)") from error
+    if key := key_of_secret(to_dict(config)):
+        raise UserError(
+            f"{key} holds a secret, and settings are written to run directories and logs; "
+            "leave it to the environment or the service's own file (~/.aws/credentials)"
+        )
     return (config, extras) if positionals else config
 
 

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from pacl_scale import signals
+from pacl_scale.cores import usable_cores
 from pacl_scale.errors import UserError
 
 
@@ -88,8 +89,15 @@ def slurm_ranks(variables: Mapping[str, str]) -> dict[str, str]:
     A batch script has no step, so what it starts without ``srun`` is one process among none.
 
     Raises:
-        UserError: the first host of the step cannot be found out.
+        UserError: the first host of the step cannot be found out, or the variables are no numbers, or some are missing.
     """
+    try:
+        return _ranks(variables)
+    except (ValueError, KeyError, IndexError) as error:
+        raise UserError(f"Slurm's variables make no sense here ({type(error).__name__}: {error})") from error
+
+
+def _ranks(variables: Mapping[str, str]) -> dict[str, str]:
     tasks = int(variables.get("SLURM_NTASKS", "1"))
     if "SLURM_STEP_ID" not in variables or "SLURM_PROCID" not in variables or tasks < 2:
         return {}
@@ -114,8 +122,11 @@ def slurm_ranks(variables: Mapping[str, str]) -> dict[str, str]:
 def tasks_per_node(text: str) -> list[int]:
     """Slurm's short form of a list of numbers, as in ``4(x2),3``, written out."""
     counts: list[int] = []
-    for number, repeats in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
-        counts += [int(number)] * int(repeats or 1)
+    for part in text.split(","):
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if found is None:
+            raise ValueError(f"{part!r} is no number of tasks")
+        counts += [int(found[1])] * int(found[2] or 1)
     return counts
 
 
@@ -208,7 +219,7 @@ def _device(config: DistributedConfig, local_rank: int) -> torch.device:
 
 
 def _threads(config: DistributedConfig, local_size: int) -> int:
-    return config.threads or max(1, len(os.sched_getaffinity(0)) // local_size)
+    return config.threads or max(1, usable_cores() // local_size)
 
 
 def _free_port() -> int:

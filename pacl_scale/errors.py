@@ -3,7 +3,10 @@
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
+
+from pacl_scale.secrecy import hidden
 
 EXIT_USER_ERROR = 2
 """Exit status of a :class:`UserError`, as argparse uses for wrong arguments."""
@@ -12,7 +15,7 @@ EXIT_INTERRUPTED = 130
 """Exit status after Ctrl-C: 128 + SIGINT, as shells report it."""
 
 EXIT_FAILED = 1
-"""Exit status of a :class:`RunFailed`."""
+"""Exit status of a :class:`RunFailed`, and of a defect of this program."""
 
 EXIT_REQUEUE = 75
 """Exit status of a run that saved and stopped because it was asked to: start it again (EX_TEMPFAIL of sysexits)."""
@@ -33,7 +36,8 @@ def run_command(command: Callable[[], int | None]) -> int:
     """Run ``command`` and return the exit status of the process.
 
     A :class:`UserError` becomes its sentence on stderr and status 2, a :class:`RunFailed` the same with status 1,
-    Ctrl-C becomes status 130. Anything else is a defect of this program and keeps its traceback.
+    Ctrl-C becomes status 130. Anything else is a defect of this program: its traceback and status 1. Secrets in
+    any of these are hidden.
     """
     try:
         return command() or 0
@@ -41,12 +45,15 @@ def run_command(command: Callable[[], int | None]) -> int:
         if os.environ.get("RANK", "0") != "0":
             # All ranks find the same mistake; rank 0 says it, and its end ends the others before they repeat it.
             time.sleep(5.0)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {hidden(str(error))}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except RunFailed as error:
         # Every rank says it: the one that would speak for all may be the one that is gone.
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {hidden(str(error))}", file=sys.stderr, flush=True)
         return EXIT_FAILED
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
+    except Exception:
+        print(hidden(traceback.format_exc()), end="", file=sys.stderr, flush=True)
+        return EXIT_FAILED

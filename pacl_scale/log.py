@@ -10,6 +10,8 @@ from typing import IO, Any, TypeVar
 import structlog
 from tqdm import tqdm
 
+from pacl_scale.secrecy import hidden
+
 Item = TypeVar("Item")
 
 PLAIN_PROGRESS_SECONDS = 10.0
@@ -39,7 +41,7 @@ def configure(rank: int = 0, file: str | Path | None = None, quiet: bool = False
     for handler in handlers:
         colors = isinstance(handler, _TqdmHandler) and sys.stderr.isatty()
         handler.setFormatter(
-            structlog.stdlib.ProcessorFormatter(
+            _Formatter(
                 foreign_pre_chain=_shared_processors(),
                 processors=[
                     structlog.stdlib.ProcessorFormatter.remove_processors_meta,
@@ -78,6 +80,13 @@ def progress(items: Iterable[Item], what: str, total: int | None = None, unit: s
             rate = done / (last - started)
             eta = {"eta_s": round((total - done) / rate)} if total else {}
             log.info(what, done=done, total=total, per_s=round(rate, 1), **eta)
+
+
+class _Formatter(structlog.stdlib.ProcessorFormatter):
+    """Hides secrets: a line may quote the answer of a store or of a library that was given one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return hidden(super().format(record))
 
 
 class _TqdmHandler(logging.Handler):

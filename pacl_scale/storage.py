@@ -62,6 +62,8 @@ def explained(url: str) -> Iterator[None]:
     try:
         yield
     except PermissionError as error:
+        if is_local(url):
+            raise UserError(f"{url} cannot be used ({_first_line(error)}); choose a place of your own") from error
         raise UserError(f"{url}: access was refused ({_first_line(error)}); check the access key and secret") from error
     except FileNotFoundError as error:
         if "bucket" in str(error).lower():

@@ -20,6 +20,7 @@ from pacl_scale.controller import ask_slurm
 from pacl_scale.errors import UserError, run_command
 from pacl_scale.nodes import CheckConfig
 from pacl_scale.partition import Ask, check
+from pacl_scale.secrecy import is_secret_name
 
 PROG = "python -m pacl_scale.submit"
 LOCAL_KEYS = ("nodes", "gpus_per_node", "tasks_per_node", "follow", "dry_run")
@@ -127,6 +128,8 @@ class SubmitConfig:
             raise ValueError(
                 f"sbatch.{taken[0]} is not for you to set: there is a key for it, or this command needs it"
             )
+        if secret := next(filter(is_secret_name, self.environment), None):
+            raise ValueError(f"environment.{secret} would be written into the batch script; export it where you submit")
         if min(self.tasks_per_node or 1, self.cpus_per_task or 1) < 1:
             raise ValueError("tasks_per_node and cpus_per_task must be at least 1, or null")
         if self.min_nodes is not None and not 1 <= self.min_nodes <= self.nodes:

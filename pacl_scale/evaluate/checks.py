@@ -1,9 +1,9 @@
 """``--check-data``: every file of every data set read and counted, and all that is wrong listed, before any GPU is."""
 
-import os
 from collections.abc import Callable, Mapping
 
 from pacl_scale import storage
+from pacl_scale.cores import usable_cores
 from pacl_scale.data.decode import BadPicture, PictureConfig, decode
 from pacl_scale.encoders import Preprocess
 from pacl_scale.errors import UserError
@@ -89,4 +89,4 @@ def _captioned(config: CaptionedConfig) -> tuple[str, list[str]]:
 
 
 def _threads() -> int:
-    return len(os.sched_getaffinity(0))
+    return usable_cores()

@@ -1,6 +1,5 @@
 """The command: configuration in, rows and examples in the run directory and a table on the terminal out."""
 
-import os
 import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from pacl_scale import config, log, storage
+from pacl_scale.cores import usable_cores
 from pacl_scale.errors import UserError
 from pacl_scale.evaluate.captioned import CaptionedConfig, CaptionedPictures, open_captioned
 from pacl_scale.evaluate.checks import checked
@@ -150,7 +150,7 @@ def evaluate(settings: EvaluateConfig) -> list[Row]:
     main = PACL if PACL in settings.methods else next(iter(settings.methods))
     checkpoints = {main: settings.methods[main], **settings.methods}
     device = choose_device(settings.device)
-    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(settings.threads or usable_cores())
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     seed = settings.untrained_seed if UNTRAINED in settings.controls else None
     beside = [name for name in settings.controls if name in TOWER_METHODS]

@@ -17,7 +17,6 @@ import dataclasses
 import io
 import json
 import multiprocessing
-import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -31,6 +30,7 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
+from pacl_scale.cores import usable_cores
 from pacl_scale.errors import UserError
 from pacl_scale.quickstart.backgrounds import BACKGROUNDS, cut_background
 from pacl_scale.quickstart.captions import Thing, write_caption
@@ -361,7 +361,7 @@ def _make_room(directory: Path) -> None:
 
 
 def _run(task: "partial[list[Scene]]", jobs: list[tuple[Split, range]], config: SceneConfig) -> Iterator[list[Scene]]:
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processors = usable_cores()
     workers = min(config.workers or processors, len(jobs))
     if workers == 1:
         yield from map(task, jobs)

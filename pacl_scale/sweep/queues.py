@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from pacl_scale import batch, partition
 from pacl_scale.controller import ask_slurm
+from pacl_scale.cores import usable_cores
 from pacl_scale.errors import UserError
 from pacl_scale.log import get_logger
 from pacl_scale.submit import SubmitConfig
@@ -63,7 +64,7 @@ class LocalQueue:
             raise UserError(f"{gpus} GPUs a job are asked for, and this machine has {len(devices)}")
         starts = range(0, len(devices) - gpus + 1, gpus) if gpus and devices else ()
         self._free = [",".join(devices[start : start + gpus]) for start in starts][:throttle]
-        self._free = self._free or [""] * min(throttle, len(os.sched_getaffinity(0)))
+        self._free = self._free or [""] * min(throttle, usable_cores())
         self._numbers = itertools.count(1)
         self._waiting: list[tuple[str, Pack]] = []
         self._running: dict[str, tuple[subprocess.Popen[bytes], str]] = {}
