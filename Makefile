@@ -2,13 +2,20 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A pip before 23.1, as Debian 12 has it, would run deepspeed's setup.py by itself, with a page of warnings.
+PIP = $(BIN)/python -m pip install --quiet --use-pep517 --constraint constraints.txt --editable
+NOT_INSTALLED = { echo "error: packages are not installed, for the reason above: a package index and 8 GB of room" \
+	"are needed; the same command goes on here" >&2; exit 2; }
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # Tests run side by side: many of them wait. `make test WORKERS=0` runs them one after the other.
 WORKERS ?= 3
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: help demo test test-changed test-times lint format clean
+# An environment that was half made is made again.
+.DELETE_ON_ERROR:
+
+.PHONY: help demo test test-changed test-times lint audit format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +38,9 @@ lint: $(VENV)/dev.stamp ## ruff (rules and format) and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+audit: $(VENV)/dev.stamp ## known vulnerabilities of the installed packages (pip-audit; needs a network)
+	$(BIN)/python -m pip_audit --local --skip-editable
+
 format: $(VENV)/dev.stamp ## rewrite the sources as ruff formats them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -39,13 +49,20 @@ clean: ## remove the environment and all runs
 	rm -rf $(VENV) runs
 
 $(BIN)/python:
-	$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or later is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	@test -w . || { echo "error: this checkout cannot be written to, and everything is installed into it;" \
+		"clone it to a folder of your own" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or later is needed," \
+		"and $(PYTHON) is $$($(PYTHON) --version 2>&1); say which to take: make PYTHON=python3.12 ..." >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo "error: $(PYTHON) cannot make virtual environments;" \
+		"on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/demo.stamp: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	@echo "installing into $(VENV): torch and what the demo needs, some minutes and 8 GB"
+	@$(PIP) '.[demo]' || $(NOT_INSTALLED)
 	touch $@
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	@echo "installing into $(VENV): torch and what the tests need, some minutes and 8 GB"
+	@$(PIP) '.[demo,dev]' || $(NOT_INSTALLED)
 	touch $@
