@@ -92,3 +92,22 @@ def test_shipped_configurations_are_found_from_anywhere(tmp_path: Path, monkeypa
     own.write_text("steps: 7\n")
     # The user's own folder comes first.
     assert config.parse(TrainConfig, ["--config", "configs/train/paper_b16.yaml"], "test").steps == 7
+
+
+def test_both_images_are_made_by_the_same_steps_from_what_is_there() -> None:
+    docker, apptainer = ((ROOT / name).read_text() for name in ("Dockerfile", "apptainer.def"))
+    joined = docker.replace("\\\n", " ")
+    copied = [word for line in re.findall(r"^COPY (.*) \S+$", joined, re.MULTILINE) for word in line.split()]
+    assert copied and all((ROOT / word).exists() for word in copied)
+    assert re.findall(r"^    (\S+) /opt/pacl-scale/\1$", apptainer, re.MULTILINE) == copied
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert allowed == set(copied)
+    for command in ("apt-get install", "python -m pip install"):
+        steps = [re.search(rf"{command} (.*?)\s*(?:&&|$)", text, re.MULTILINE) for text in (joined, apptainer)]
+        assert all(steps) and len({" ".join(step[1].split()) for step in steps if step}) == 1
+    base = re.findall(r"^(?:FROM|From:) (python:\S+)$", docker + apptainer, re.MULTILINE)
+    assert len(base) == 2 and len(set(base)) == 1
+    assert re.findall(r"^USER (\S+)$", docker, re.MULTILINE)[-1] == "1000"
+    (extras,) = re.findall(r"'\.\[(.*)\]'", docker)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(extras.split(",")) <= project["optional-dependencies"].keys()
