@@ -39,7 +39,7 @@ lint: $(VENV)/dev.stamp ## ruff (rules and format) and mypy
 	$(BIN)/mypy
 
 audit: $(VENV)/dev.stamp ## known vulnerabilities of the installed packages (pip-audit; needs a network)
-	$(BIN)/python -m pip_audit --local --skip-editable
+	$(BIN)/python -m pip_audit --local --skip-editable --strict
 
 format: $(VENV)/dev.stamp ## rewrite the sources as ruff formats them
 	$(BIN)/ruff check --fix .
