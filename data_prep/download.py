@@ -6,7 +6,9 @@ is done. A verb before the name (``download.py verify cc3m --output ...``) does 
 """
 
 import sys
+import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 if not __package__:
@@ -16,7 +18,7 @@ if not __package__:
 from data_prep import layout, mirror, slurm, stages
 from data_prep.config import DownloadConfig
 from data_prep.lock import Busy, only_run
-from data_prep.parts import WHOLE, read_verified
+from data_prep.parts import WHOLE, Part, read_verified
 from data_prep.uploads import abort_unfinished
 from pacl_scale import storage
 from pacl_scale.config import SHIPPED, parse
@@ -26,6 +28,9 @@ from pacl_scale.log import configure, get_logger
 log = get_logger(__name__)
 
 PROG = "data_prep/download.py"
+
+LEAVE_SECONDS = 60.0
+"""The list can be read a moment before who prepared it gives back the claim on the whole: so long a part waits."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,12 +120,26 @@ def _take_part(config: DownloadConfig) -> None:
         except Busy as error:
             patience.wait(error)
             work = stages.resume_part(config)
-    with only_run(config.output, part):
+    with ExitStack() as claims:
+        _claim_part(claims, config.output, part)
         abort_unfinished(config.output, part)
         sound = stages.fetch_and_verify(work, part, read_verified(config.output))
         stages.remember(config.output, part, sound)
     print(f"{part}: {len(sound)} shards, {sum(facts.samples for facts in sound.values()):,} samples: {config.output}")
     complete_if_last(config.output, work)
+
+
+def _claim_part(claims: ExitStack, root: str, part: Part) -> None:
+    """Claim a part until ``claims`` ends. Who has prepared the list holds all parts for a moment longer."""
+    patience = stages.Patience("wait for the run that prepared the list to leave")
+    since = time.monotonic()
+    while True:
+        try:
+            return claims.enter_context(only_run(root, part))
+        except Busy as error:
+            if not error.on_whole or time.monotonic() - since > LEAVE_SECONDS:
+                raise
+            patience.wait(error)
 
 
 def complete_if_last(root: str, work: stages.Work) -> None:

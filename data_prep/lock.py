@@ -43,6 +43,11 @@ DEAD_AFTER_SECONDS = 120.0
 class Busy(UserError):
     """Another run is at work on the same shards."""
 
+    def __init__(self, message: str, on_whole: bool) -> None:
+        super().__init__(message)
+        self.on_whole = on_whole
+        """Whether it is at work on all shards, as a run that prepares the list is for a while."""
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -135,7 +140,8 @@ def _refuse_if_taken(root_url: str, folder: str, ours: str, own: Claim) -> None:
         where = "there" if theirs.is_whole else f"on its {theirs}"
         raise Busy(
             f"{root_url}: another run is at work {where} (process {claim.pid} on {claim.host}); "
-            f"if it is dead, wait {DEAD_AFTER_SECONDS:g} s"
+            f"if it is dead, wait {DEAD_AFTER_SECONDS:g} s",
+            theirs.is_whole,
         )
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from web_farm import WebFarm
 
-from data_prep import lock, stages
+from data_prep import download, lock, stages
 from data_prep.lock import only_run
 from data_prep.parts import Part, note_verified, read_verified, remove_notes
 from pacl_scale import storage
@@ -51,6 +52,29 @@ def test_runs_on_different_parts_do_not_mind_each_other(tmp_path: Path) -> None:
                 pass
     with only_run(root), pytest.raises(lock.Busy, match="at work there"), only_run(root, Part(0, 2)):
         pass
+
+
+def test_a_part_waits_for_who_prepared_the_list_to_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, leave, inside = str(tmp_path), threading.Event(), threading.Event()
+
+    def prepare() -> None:
+        with only_run(root):
+            inside.set()
+            leave.wait(30)
+
+    other = threading.Thread(target=prepare)
+    other.start()
+    assert inside.wait(30)
+    with ExitStack() as claims:
+        monkeypatch.setattr(download, "LEAVE_SECONDS", 0.0)
+        with pytest.raises(lock.Busy, match="at work there"):
+            download._claim_part(claims, root, Part(0, 2))
+        monkeypatch.setattr(download, "LEAVE_SECONDS", 60.0)
+        threading.Timer(0.3, leave.set).start()
+        download._claim_part(claims, root, Part(0, 2))
+        with ExitStack() as more, pytest.raises(lock.Busy, match="on its part"):
+            download._claim_part(more, root, Part(0, 2))
+    other.join()
 
 
 def test_an_earlier_attempt_of_the_same_job_is_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
