@@ -97,8 +97,25 @@ def start(
         optimizer=build_optimizer(optim, model, model.lr_shares),
         config=_deepspeed_settings(config, optim, model, micro_batch_size, accumulation),
     )
+    if config.zero_stage == 0 and config.precision == "fp32":
+        _refuse_bad_gradients(engine.optimizer)
     _lay_out_state(engine, config, model)
     return engine
+
+
+def _refuse_bad_gradients(optimizer: Any) -> None:
+    """Let ``optimizer`` leave out steps whose gradient is not finite; DeepSpeed itself does so in every other mode.
+
+    The gradients are those of all ranks together already, so that all decide alike.
+    """
+    update = optimizer.step
+
+    def step(*arguments: Any, **options: Any) -> Any:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        optimizer.overflow = not all(bool(grad.isfinite().all()) for grad in grads)
+        return None if optimizer.overflow else update(*arguments, **options)
+
+    optimizer.step = step
 
 
 def _deepspeed_settings(

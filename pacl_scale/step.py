@@ -15,7 +15,6 @@ from torch import Tensor
 from pacl_scale.data.stream import PairBatch
 from pacl_scale.encoders import TextEncoder, VisionEncoder
 from pacl_scale.encoders.vit import FrozenViT
-from pacl_scale.errors import RunFailed
 from pacl_scale.loss import GlobalTexts, PACLLoss
 from pacl_scale.similarity import attention_entropy
 
@@ -115,7 +114,7 @@ def train_step(trainer: Any, loss_of: PACLLoss, micro_batches: list[MicroBatch],
         grads = torch.autograd.grad(loss, [phi, scale])
         del phi, loss
         carry_back(trainer, loss_of, micro_batches, texts, *grads)
-    result.updated = updated(trainer)
+    result.updated = trainer.was_step_applied()
     return result
 
 
@@ -187,20 +186,6 @@ class TextGradient:
         """(N, D) gradient with respect to everybody's texts, of this rank's pictures; without the engine's factor."""
         assert self._vectors_ND.grad is not None and self._unit.grad is not None
         return self._vectors_ND.grad * (self._passes / self._unit.grad)
-
-
-def updated(trainer: Any) -> bool:
-    """Whether the last step changed weights.
-
-    Raises:
-        RunFailed: it did, by a gradient that is not finite (in float32, where the engine does not look first).
-    """
-    norm = gradient_norm(trainer)
-    if not trainer.was_step_applied():
-        return False
-    if norm is not None and not math.isfinite(norm):
-        raise RunFailed(f"the gradient's norm is {norm}; start the run again to go on from its newest checkpoint")
-    return True
 
 
 def gradient_norm(trainer: Any) -> float | None:

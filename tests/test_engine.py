@@ -1,5 +1,6 @@
 """The engine's state: any ZeRO stage, precision and world size restores what any other wrote."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -115,3 +116,33 @@ def test_bf16_resumes_bit_for_bit(stage: int, together: dict[str, Any]) -> None:
 
 def test_state_of_another_architecture_is_refused(alone: dict[str, Any]) -> None:
     assert "another architecture" in alone["refusal"]
+
+
+def steps_with_a_bad_one(world: World) -> dict[str, Any]:
+    """Of three steps the second has a finite loss, and a gradient that is infinite on one rank."""
+    found: dict[str, Any] = {}
+    for stage in (0, 1, 2, 3):
+        for precision in ("fp32", "bf16"):
+            trainer, settings = start(world, stage, precision, seed=0)
+            updates, weights = [], []
+            for number in range(3):
+                weights.append(engine.gather_state(trainer, settings)["master"])
+                engine.set_learning_rate(trainer, 0.01)
+                tokens = torch.randn(2, 3, WIDTH_IN, generator=torch.Generator().manual_seed(number))
+                patches, scale, _ = trainer(tokens)
+                if number == 1 and world.rank == 1:
+                    patches.register_hook(lambda grad: grad * float("inf"))
+                trainer.backward((patches.float() ** 2).mean() * scale)
+                trainer.step()
+                updates.append(trainer.was_step_applied())
+            weights.append(engine.gather_state(trainer, settings)["master"])
+            same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in pairwise(weights)]
+            finite = all(tensor.isfinite().all() for tensor in weights[-1].values())
+            found[f"{precision} {stage}"] = updates, same, finite
+    return found
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_in_any_mode() -> None:
+    for rank in run_ranks(2, steps_with_a_bad_one):
+        for mode, outcome in rank.items():
+            assert outcome == ([True, False, True], [False, True, False], True), mode
