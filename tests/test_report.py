@@ -246,6 +246,33 @@ def test_published_figures_stand_beside_with_their_differences(run: Path) -> Non
     assert "size: 16 here, 448 there" in part and "not stated there" in part
 
 
+FAINT_TEXT = """() => {
+    const parts = colour => (colour.match(/[\\d.]+/g) || []).map(Number);
+    const light = ([r, g, b]) => [r, g, b]
+        .map(c => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+    const paperOf = element => {
+        if (!element) return [255, 255, 255];
+        const [r, g, b, alpha = 1] = parts(getComputedStyle(element).backgroundColor);
+        if (alpha === 1) return [r, g, b];
+        const below = paperOf(element.parentElement);
+        return [r, g, b].map((c, i) => alpha * c + (1 - alpha) * below[i]);
+    };
+    const faint = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) {
+        const element = walker.currentNode.parentElement, style = getComputedStyle(element);
+        if (!walker.currentNode.textContent.trim() || !element.checkVisibility()) continue;
+        if (["SCRIPT", "STYLE"].includes(element.tagName)) continue;
+        const ink = parts(element instanceof SVGElement ? style.fill : style.color);
+        const [a, b] = [light(ink), light(paperOf(element))].sort((x, y) => y - x);
+        const ratio = (a + 0.05) / (b + 0.05);
+        if (ratio < 4.5) faint.push([walker.currentNode.textContent.trim().slice(0, 40), ratio, style.color]);
+    }
+    return faint;
+}"""
+"""Text whose contrast is below what WCAG 2 asks for at level AA."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
 def test_page_in_a_browser_fits_and_answers_the_keyboard(run: Path, width: int, scheme: Any) -> None:
@@ -262,7 +289,12 @@ def test_page_in_a_browser_fits_and_answers_the_keyboard(run: Path, width: int, 
         assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing hangs over the edge"
         paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (max(map(int, re.findall(r"\d+", paper))) < 60) == (scheme == "dark")
-        page.locator("summary").first.focus()
+        assert page.evaluate(FAINT_TEXT) == []
+        for _ in range(60):
+            page.keyboard.press("Tab")
+            if page.evaluate("document.activeElement.matches('summary')"):
+                break
+        assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none", "where one is, is seen"
         page.keyboard.press("Enter")
         heat = page.locator(".heats").first
         heat.wait_for(state="visible")
