@@ -14,6 +14,9 @@ from pathlib import Path
 if not __package__:
     # Run as a file: the checkout around it comes first, not this folder with its everyday names.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from pacl_scale.errors import end_quietly_when_interrupted
+
+    end_quietly_when_interrupted()
 
 from data_prep import layout, mirror, slurm, stages
 from data_prep.config import DownloadConfig

@@ -4,8 +4,11 @@ Importing the package is cheap on purpose: torch, deepspeed and img2dataset are 
 use them, so that ``pacl-scale --help`` answers at once.
 """
 
+import sys
 from importlib import metadata
 from typing import TYPE_CHECKING, Literal
+
+from pacl_scale.errors import end_quietly_when_interrupted
 
 try:
     __version__ = metadata.version("pacl-scale")
@@ -15,6 +18,10 @@ except metadata.PackageNotFoundError:  # a checkout on PYTHONPATH
 
 if TYPE_CHECKING:
     from pacl_scale.pretrained import Pretrained
+
+if sys.argv[:1] == ["-m"]:
+    # So it is while `python -m pacl_scale.train` looks for its module: this process is a command of ours.
+    end_quietly_when_interrupted()
 
 
 def load(

@@ -1,6 +1,7 @@
 """``pacl-scale <verb>``: the same as ``python -m pacl_scale.<verb>``."""
 
 import importlib
+import signal
 import sys
 
 from pacl_scale.errors import UserError, run_command
@@ -24,6 +25,8 @@ def main() -> int:
     """Entry point of the console script; returns the exit status."""
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
+        # `pacl-scale --help | head` ends quietly.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         print("usage: pacl-scale VERB [--help] ...\n\n" + "\n".join(f"  {v:<12}{VERBS[v]}" for v in VERBS))
         return 0
     return run_command(lambda: _run(words[0], words[1:]))

@@ -5,6 +5,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from types import TracebackType
 
 from pacl_scale.secrecy import hidden
 
@@ -30,6 +31,18 @@ class UserError(Exception):
 
 class RunFailed(Exception):
     """A run ended before its end, and not by a mistake in its settings. The message is one sentence."""
+
+
+def end_quietly_when_interrupted() -> None:
+    """Let Ctrl-C end in a sentence from now on, also while a command's libraries are still being imported."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            print("error: interrupted", file=sys.stderr, flush=True)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def run_command(command: Callable[[], int | None]) -> int:

@@ -169,6 +169,23 @@ def test_ctrl_c_waits_for_the_stage_and_ends_one_that_does_not_listen(monkeypatc
             assert process.returncode == status
 
 
+@pytest.mark.parametrize(("argument", "said"), [("-m", "error: interrupted\n"), ("script.py", "Traceback")])
+def test_ctrl_c_while_libraries_are_imported(argument: str, said: str) -> None:
+    """Under ``python -m`` a sentence; a script of the user's that imports the package keeps its traceback."""
+    code = f"import sys; sys.argv = [{argument!r}]; import pacl_scale; raise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr.startswith(said)
+
+
+def test_help_may_be_read_by_half() -> None:
+    command = [sys.executable, "-m", "pacl_scale", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
 def test_a_place_without_room_or_rights_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(config: Any, directory: Path) -> None:
         raise OSError(28, "No space left on device")
