@@ -115,6 +115,16 @@ def read_bytes(url: str) -> bytes:
         return files.cat_file(path)
 
 
+def stamp(url: str) -> tuple[int, str]:
+    """Bytes of the file at ``url``, and what changes whenever it does; empty where the store does not say."""
+    files, path = filesystem(url)
+    with explained(url):
+        files.invalidate_cache(path)
+        found = files.info(path)
+    marks = [str(found[name]) for name in ("ETag", "LastModified", "mtime", "updated", "created") if found.get(name)]
+    return int(found.get("size") or 0), " ".join(marks)
+
+
 def write_bytes(url: str, content: bytes) -> None:
     """Write ``content`` so that a reader sees the old file or the new one, never half of it.
 

@@ -22,8 +22,9 @@ import json
 import posixpath
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from hashlib import blake2b
@@ -34,6 +35,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pacl_scale import storage
+from pacl_scale.data import node_copy
+from pacl_scale.data.node_copy import Unpacked, sum_of
 from pacl_scale.data.tar import READ_BYTES, TarSample, scan_tar
 from pacl_scale.errors import UserError
 from pacl_scale.log import get_logger
@@ -78,6 +81,8 @@ class SampleIndex:
     kind: str = "pictures"
     extra: dict[str, Any] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
+    sums: dict[str, int] = field(default_factory=dict, repr=False)
+    """Of the columns as they were read, so that they need not be looked through again."""
 
     def __len__(self) -> int:
         return len(self.key)
@@ -100,12 +105,14 @@ class SampleIndex:
     def identity(self) -> str:
         """Stands for the samples and their order: two indexes with the same one are read in the same order."""
         counts = [(shard.name, shard.samples) for shard in self.shards]
-        content = json.dumps([counts, int(self.key.sum(dtype=np.uint64))])
+        key_sum = self.sums["key"] if self.sums else sum_of(self.key)
+        content = json.dumps([counts, key_sum])
         return blake2b(content.encode(), digest_size=8).hexdigest()
 
     @classmethod
     def load(cls, root_url: str) -> "SampleIndex":
-        """Read ``<root_url>/index.parquet``.
+        """Read ``<root_url>/index.parquet``; a large one of a store once on each machine, see
+        :mod:`pacl_scale.data.node_copy`.
 
         Raises:
             UserError: no index there, or a file that is not one of ours.
@@ -113,33 +120,20 @@ class SampleIndex:
         url = storage.join(root_url, INDEX_NAME)
         if not storage.exists(url):
             raise UserError(f"{root_url} has no {INDEX_NAME}; run the index step on its tars first")
-        _, path = storage.filesystem(url)
-        # A file of this machine is mapped, not read. ParquetFile, because read_table imports pandas first.
-        source = path if storage.is_local(url) else pa.BufferReader(storage.read_bytes(url))
-        try:
-            with pq.ParquetFile(source, memory_map=True) as file:
-                table = file.read(columns=list(LOADED)).combine_chunks()
-            written = table.schema.metadata or {}
-            if CRC_KEY in written and int(written[CRC_KEY]) != zlib.crc32(written[METADATA_KEY]):
-                raise ValueError("its metadata is damaged")
-            meta = json.loads(written[METADATA_KEY])
-            if meta["version"] != VERSION:
-                raise ValueError(f"version {meta['version']} where this program reads {VERSION}")
-            columns = {name: _as_array(table[name], COLUMNS[name]) for name in LOADED}
+        # A file of this machine is mapped, not read.
+        unpacked = _unpack(url, storage.filesystem(url)[1]) if storage.is_local(url) else _unpack_remote(url)
+        with _understood(url):
+            meta = unpacked.meta
             index = cls(
                 root_url=root_url,
                 shards=[Shard(str(s["name"]), int(s["size"]), int(s["samples"])) for s in meta["shards"]],
                 kind=meta["kind"],
                 extra=meta["extra"],
                 left_out=meta.get("left_out", {}),
-                **columns,
+                sums=dict(meta["sums"]),
+                **unpacked.columns,
             )
             index._check()
-            if "sums" in meta and meta["sums"] != index._sums():
-                raise ValueError("its columns are damaged")
-        except (pa.ArrowException, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{url} cannot be used as an index ({reason}); run the index step again") from error
         return index
 
     def save(self) -> None:
@@ -150,7 +144,7 @@ class SampleIndex:
             "kind": self.kind,
             "extra": self.extra,
             "left_out": self.left_out,
-            "sums": self._sums(),
+            "sums": {name: sum_of(getattr(self, name)) for name in LOADED},
         }
         written = json.dumps(meta).encode()
         table = pa.table({name: getattr(self, name) for name in COLUMNS})
@@ -170,10 +164,6 @@ class SampleIndex:
         )
         storage.write_bytes(storage.join(self.root_url, INDEX_NAME), buffer.getvalue())
 
-    def _sums(self) -> dict[str, int]:
-        """Sum of each column in 64 bits: a thirtieth of a CRC's time, and no flipped bit leaves it as it was."""
-        return {name: int(getattr(self, name).sum(dtype=np.uint64)) for name in LOADED}
-
     def _check(self) -> None:
         """Raise ValueError where the columns contradict the list of shards."""
         counts = np.array([shard.samples for shard in self.shards], np.int64)
@@ -185,6 +175,48 @@ class SampleIndex:
             raise ValueError("a sample lies beyond the end of its shard")
         if self.kind not in ("pictures", "features"):
             raise ValueError(f"unknown kind {self.kind!r}")
+
+
+def _unpack_remote(url: str) -> Unpacked:
+    def read() -> Unpacked:
+        return _unpack(url, pa.BufferReader(storage.read_bytes(url)))
+
+    size, version = storage.stamp(url)
+    if not version or size < node_copy.SMALLEST:
+        return read()
+    found = node_copy.shared(url, version, read)
+    # Arrow keeps what it unpacked into for its next use, and there is none.
+    pa.default_memory_pool().release_unused()
+    return found
+
+
+def _unpack(url: str, source: Any) -> Unpacked:
+    """The columns and metadata of the index at ``url``, a path or something that Arrow can read."""
+    with _understood(url):
+        # ParquetFile, because read_table imports pandas first.
+        with pq.ParquetFile(source, memory_map=True) as file:
+            table = file.read(columns=list(LOADED)).combine_chunks()
+        written = table.schema.metadata or {}
+        if CRC_KEY in written and int(written[CRC_KEY]) != zlib.crc32(written[METADATA_KEY]):
+            raise ValueError("its metadata is damaged")
+        meta = json.loads(written[METADATA_KEY])
+        if meta["version"] != VERSION:
+            raise ValueError(f"version {meta['version']} where this program reads {VERSION}")
+        columns = {name: _as_array(table[name], COLUMNS[name]) for name in LOADED}
+        sums = {name: sum_of(column) for name, column in columns.items()}
+        if meta.setdefault("sums", sums) != sums:
+            raise ValueError("its columns are damaged")
+        return Unpacked(columns, meta)
+
+
+@contextmanager
+def _understood(url: str) -> Iterator[None]:
+    """Turn whatever a file that is no index of ours leads to into one sentence."""
+    try:
+        yield
+    except (pa.ArrowException, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{url} cannot be used as an index ({reason}); run the index step again") from error
 
 
 def _as_array(column: pa.ChunkedArray, dtype: type) -> np.ndarray:
