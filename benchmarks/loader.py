@@ -7,7 +7,8 @@ side. Each runs in a process of its own, forked from one that has started no thr
 batches, so that as much is under way at its end as at its beginning. "Per core" is images by CPU seconds of the loader
 and all its processes; the S3 server's are not counted. Figures beside decoding alone are medians of rounds in which
 both ran one after the other, whichever is first. ``--clients`` adds the table by which the S3 client was chosen.
-``--quick`` takes under 50 s on two cores that have nothing else to do.
+``--quick`` takes under 50 s on two cores that have nothing else to do. ``opening.py`` measures more of how a
+stream begins.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import importlib
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import statistics
 import sys
@@ -41,23 +41,20 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).parent))
 
-from machine import describe, rotated, write
+from machine import apart, describe, rotated, write
+from opening import CORES, PREPROCESS, encoded, thirty_million
 
 from pacl_scale.data.decode import PictureConfig, decode, normalise, resizer
-from pacl_scale.data.index import SampleIndex, Shard, build_index
+from pacl_scale.data.index import Shard, build_index
 from pacl_scale.data.order import EpochOrder
 from pacl_scale.data.reader import ReadConfig
 from pacl_scale.data.stream import DataConfig, PairStream
-from pacl_scale.encoders.vision import Preprocess
-from pacl_scale.errors import UserError
 from pacl_scale.quickstart.store import ObjectStore
 
-PREPROCESS = Preprocess(224, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 BATCH = 64
 SHARDS = 4
 WARM_UP = 6
 """Batches before counting begins: what the stream makes ahead, and then some."""
-CORES = len(os.sched_getaffinity(0))
 SHUFFLE_BUFFER = 1000
 """webdataset's usual shuffle: all shards, then a buffer of this many samples."""
 
@@ -158,25 +155,6 @@ def compare(places: dict[str, str], amount: Amount) -> dict[str, Any]:
         "images_per_s": {name: round(value, 1) for name, value in wall.items()},
         "missing_peers": missing,
     }
-
-
-def apart(work: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of ``work`` in a process of its own."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-
-    def run() -> None:
-        sender.send(work(*arguments))
-
-    child = context.Process(target=run)
-    child.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError as error:
-        raise UserError(f"{work.__name__} ended without a result") from error
-    finally:
-        child.join()
 
 
 def timed(
@@ -352,40 +330,6 @@ def training(places: dict[str, str], steps: int) -> dict[str, float]:
     return {"data_wait_share": round(waited / total, 4), "step_s": round(total / steps, 3)}
 
 
-def thirty_million(folder: Path) -> dict[str, float]:
-    """Seconds from opening a data set of 30 million samples to its first batch, at the start and far into it."""
-    root, per_shard, shards = folder / "many", 10_000, 3000
-    root.mkdir()
-    content = encoded(np.zeros((16, 16, 3), np.uint8))
-    first = root / "00000.tar"
-    with webdataset.TarWriter(str(first), encoder=False) as tar:
-        for number in range(per_shard):
-            tar.write({"__key__": f"{number:05d}", "jpg": content, "txt": b"a black square"})
-    index = build_index(str(root))
-    for shard in range(1, shards):
-        (root / f"{shard:05d}.tar").symlink_to(first)
-    size = index.shards[0].size
-    SampleIndex(
-        root_url=str(root),
-        shards=[Shard(f"{shard:05d}.tar", size, per_shard) for shard in range(shards)],
-        offset=np.tile(index.offset, shards),
-        length=np.tile(index.length, shards),
-        key=np.tile(index.key, shards),
-    ).save()
-    del index
-    data = DataConfig(root=str(root), decode_threads=CORES)
-
-    def seconds_to_first_batch(position: int) -> float:
-        started = time.perf_counter()
-        with PairStream(data, 0, 256, position=position) as stream:
-            stream.prepare_pictures_for(PREPROCESS)
-            next(iter(stream))
-            return time.perf_counter() - started
-
-    found = {"first_batch_s": seconds_to_first_batch(0), "resume_s": seconds_to_first_batch(123_456_789)}
-    return {name: round(seconds, 2) for name, seconds in found.items()}
-
-
 def memory_over_epochs(places: dict[str, str]) -> dict[str, float]:
     """MiB by which the process grew from the end of the second to the end of the tenth epoch."""
     batches, process = ours(places), psutil.Process()
@@ -413,7 +357,7 @@ def neighbours(shards: int = 100, per_shard: int = 1000) -> dict[str, float]:
     in_shards = (int(shard) * per_shard + place for shard in shuffled for place in range(per_shard))
     theirs = webdataset.filters.shuffle(SHUFFLE_BUFFER, seed=0)(in_shards)
     return {
-        "neighbour_correlation": correlation(order.samples(0, len(order))[1]),
+        "neighbour_correlation": correlation(order.samples(0, len(order))),
         "neighbour_correlation_webdataset": correlation(theirs),
     }
 
@@ -527,13 +471,6 @@ def landscape(number: int) -> np.ndarray:
         coarse = Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
         total += weight * (np.asarray(coarse.resize((341, 256), Image.Resampling.BICUBIC), np.float32) / 127.5 - 1)
     return np.clip(128 + total, 0, 255).astype(np.uint8)
-
-
-def encoded(pixels: np.ndarray) -> bytes:
-    """As img2dataset stores it: JPEG of quality 95."""
-    content = io.BytesIO()
-    Image.fromarray(pixels).save(content, "JPEG", quality=95)
-    return content.getvalue()
 
 
 def importable(module: str) -> bool:

@@ -1,6 +1,7 @@
 """What the benchmarks share: describing the machine, fair timing, and peak memory that is measured, not computed."""
 
 import json
+import multiprocessing
 import os
 import platform
 import resource
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from pacl_scale.errors import UserError
 
 MEBIBYTE = 1 << 20
 
@@ -61,6 +64,25 @@ def alternate(
             if number:
                 seconds[name].append(now() - before)
     return seconds
+
+
+def apart(work: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of ``work`` in a process of its own."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def run() -> None:
+        sender.send(work(*arguments))
+
+    child = context.Process(target=run)
+    child.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError as error:
+        raise UserError(f"{work.__name__} ended without a result") from error
+    finally:
+        child.join()
 
 
 def rotated(names: list[str], by: int) -> list[str]:

@@ -1,5 +1,7 @@
 """Every sample once an epoch, in an order that depends on nothing but seed and position."""
 
+import itertools
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +20,7 @@ def shards(sizes: list[int]) -> list[Shard]:
 @given(SIZES, st.integers(0, 2**32), st.integers(0, 3), st.integers(1, 9), st.integers(0, 5))
 def test_an_epoch_holds_every_sample_once(sizes: list[int], seed: int, epoch: int, chunk: int, window: int) -> None:
     order = EpochOrder(shards(sizes), seed, epoch, chunk, window)
-    _, samples = order.samples(0, len(order))
+    samples = order.samples(0, len(order))
     assert sorted(samples) == list(range(sum(sizes)))
 
 
@@ -29,13 +31,13 @@ def test_any_stretch_is_a_part_of_the_whole(sizes: list[int], seed: int, chunk: 
     start = data.draw(st.integers(0, total))
     stop = data.draw(st.integers(start, total))
     whole, part = order.picks(0, 0, total), EndlessOrder(shards(sizes), seed, chunk, window).picks(0, start, stop)
-    for name in ("epoch", "window", "sample"):
+    for name in ("epoch", "sample"):
         assert np.array_equal(getattr(whole, name)[start:stop], getattr(part, name))
 
 
 def test_order_differs_between_epochs_and_seeds_and_is_sequential_without_window() -> None:
     def first(seed: int, epoch: int, window: int = 4) -> list[int]:
-        return EpochOrder(shards([100, 100]), seed, epoch, 8, window).samples(0, 200)[1].tolist()
+        return EpochOrder(shards([100, 100]), seed, epoch, 8, window).samples(0, 200).tolist()
 
     assert first(0, 0) == first(0, 0)
     assert len({tuple(first(s, e)) for s in (0, 1) for e in (0, 1)}) == 4
@@ -44,7 +46,7 @@ def test_order_differs_between_epochs_and_seeds_and_is_sequential_without_window
 
 def test_order_is_the_same_in_every_release() -> None:
     """Resuming with a newer release must not change the order: these numbers may never change."""
-    _, samples = EpochOrder(shards([7, 5]), seed=3, epoch=1, chunk_samples=2, window_chunks=3).samples(0, 12)
+    samples = EpochOrder(shards([7, 5]), seed=3, epoch=1, chunk_samples=2, window_chunks=3).samples(0, 12)
     assert samples.tolist() == [6, 10, 11, 9, 4, 5, 0, 8, 1, 7, 3, 2]
 
 
@@ -65,6 +67,28 @@ def test_ranks_share_a_batch_exactly(sets: list[list[int]], size: int, position:
         assert sorted(pick for part in parts for pick in part) == sorted(listed(batch))
         assert all(part == [pick for pick in listed(batch) if pick in set(part)] for part in parts)
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@settings(deadline=None)
+@given(st.lists(SIZES, min_size=1, max_size=3), st.lists(st.integers(0, 40), min_size=1, max_size=5), st.data())
+def test_a_data_sets_share_is_its_part_of_the_split(
+    sets: list[list[int]], sizes: list[int], data: st.DataObject
+) -> None:
+    """What is planned of one data set at a time is what is delivered of all at once."""
+    weights = data.draw(st.lists(st.floats(0.01, 10), min_size=len(sets), max_size=len(sets)))
+    mixture = Mixture([EndlessOrder(shards(one), 0, 4, 3) for one in sets], weights)
+    edges = data.draw(st.integers(0, 500)) + np.cumsum([0, *sizes])
+    for world_size in (1, 2, 5):
+        for rank in range(world_size):
+            for source in range(len(sets)):
+                picks, places, batch = mixture.share(source, edges, world_size, rank)
+                assert (mixture.own_positions(edges)[source, batch] <= places).all()
+                for number, (start, stop) in enumerate(itertools.pairwise(edges.tolist())):
+                    part = split(mixture.global_batch(start, stop - start), world_size, rank)
+                    part, found = part[part.source == source], picks[np.flatnonzero(batch == number)]
+                    found = found[np.argsort(places[batch == number])]
+                    assert found.sample.tolist() == part.sample.tolist()
+                    assert found.epoch.tolist() == part.epoch.tolist()
 
 
 @settings(deadline=None)
@@ -109,7 +133,7 @@ def test_thirty_million_samples_start_at_once() -> None:
 def test_samples_are_mixed_across_shards() -> None:
     """Neighbours in the order must not be neighbours in the tars."""
     order = EpochOrder(shards([1000] * 50), 0, 0, 32, 128)
-    _, samples = order.samples(0, 50_000)
+    samples = order.samples(0, 50_000)
     correlation = np.corrcoef(samples[:-1], samples[1:])[0, 1]
     assert abs(correlation) < 0.1
     assert np.corrcoef(np.arange(49_999), np.arange(1, 50_000))[0, 1] > 0.99

@@ -79,7 +79,7 @@ class PendingBatch:
             task.result()
         skipped = self._count_skipped()
         good = [row for row, content in enumerate(self._rows) if isinstance(content, _Row)]
-        if not good and not self._stream.ordered:
+        if not good and self._rows and not self._stream.ordered:
             raise UserError(f"not one of the {len(self._rows)} samples of a batch can be used: {listed(skipped)}")
         take = good if self._stream.ordered else _with_neighbours(len(self._rows), good)
         rows = [content for row in take if isinstance(content := self._rows[row], _Row)]

@@ -26,24 +26,22 @@ PATTERN_LENGTH = 4096
 
 @dataclass(frozen=True)
 class Picks:
-    """Samples in some order: for each the data set's number, its epoch, the window in it, the sample's
-    number."""
+    """Samples in some order: for each the data set's number, its epoch, the sample's number."""
 
     source: np.ndarray
     epoch: np.ndarray
-    window: np.ndarray
     sample: np.ndarray
 
     def __len__(self) -> int:
         return len(self.sample)
 
     def __getitem__(self, which: np.ndarray | slice) -> "Picks":
-        return Picks(self.source[which], self.epoch[which], self.window[which], self.sample[which])
+        return Picks(self.source[which], self.epoch[which], self.sample[which])
 
 
 def concatenate(parts: Sequence[Picks]) -> Picks:
     """The parts one after another."""
-    names = ("source", "epoch", "window", "sample")
+    names = ("source", "epoch", "sample")
     return Picks(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
@@ -51,7 +49,7 @@ def split(batch: Picks, world_size: int, rank: int) -> Picks:
     """The rank's part of a global batch, in the order of the batch.
 
     The loss is over all pairs of the global batch, so any partition gives the same loss. This one goes by where the
-    samples lie, so that a rank reads few chunks, and whole.
+    samples lie, so that a rank reads few chunks, and whole. :meth:`Mixture.share` says the same of one data set.
     """
     by_place = np.lexsort((batch.epoch, batch.sample, batch.source))
     bounds = len(batch) * np.arange(world_size + 1) // world_size
@@ -83,17 +81,22 @@ class EpochOrder:
     def __len__(self) -> int:
         return int(self.window_starts[-1])
 
-    def samples(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """The windows and the sample numbers at the places ``start`` to ``stop`` of the epoch, both (n,)
-        int64."""
-        place, windows, samples = start, [], []
+    def samples(self, start: int, stop: int) -> np.ndarray:
+        """The sample numbers at the places ``start`` to ``stop`` of the epoch, (n,) int64."""
+        place, samples = start, [_EMPTY]
         while place < stop:
-            number = int(np.searchsorted(self.window_starts, place, side="right")) - 1
+            number = self._window_at(place)
             begin, end = int(self.window_starts[number]), min(stop, int(self.window_starts[number + 1]))
             samples.append(self._window(number)[place - begin : end - begin])
-            windows.append(np.full(end - place, number, np.int64))
             place = end
-        return np.concatenate([*windows, _EMPTY]), np.concatenate([*samples, _EMPTY])
+        return np.concatenate(samples)
+
+    def window_end(self, place: int) -> int:
+        """Where the window that holds ``place`` ends."""
+        return int(self.window_starts[self._window_at(place) + 1])
+
+    def _window_at(self, place: int) -> int:
+        return int(np.searchsorted(self.window_starts, place, side="right")) - 1
 
     def _window(self, number: int) -> np.ndarray:
         if number not in self._windows:
@@ -125,25 +128,19 @@ class EndlessOrder:
 
     def picks(self, source: int, start: int, stop: int) -> Picks:
         """The samples at the places ``start`` to ``stop`` of the endless line."""
-        place, parts = start, [Picks(_EMPTY, _EMPTY, _EMPTY, _EMPTY)]
+        place, parts = start, [Picks(_EMPTY, _EMPTY, _EMPTY)]
         while place < stop:
             epoch, begin = divmod(place, self._count)
             end = min(self._count, begin + stop - place)
-            windows, samples = self._epoch(epoch).samples(begin, end)
-            parts.append(
-                Picks(
-                    np.full(end - begin, source),
-                    np.full(end - begin, epoch),
-                    windows,
-                    samples.astype(np.int64),
-                )
-            )
+            samples = self._epoch(epoch).samples(begin, end)
+            parts.append(Picks(np.full(end - begin, source), np.full(end - begin, epoch), samples))
             place += end - begin
         return concatenate(parts)
 
-    def window_end(self, epoch: int, window: int) -> int:
-        """The place on the endless line after the last sample of a window."""
-        return epoch * self._count + int(self._epoch(epoch).window_starts[window + 1])
+    def window_end(self, place: int) -> int:
+        """The place on the endless line after the last sample of the window that holds ``place``."""
+        epoch, within = divmod(place, self._count)
+        return epoch * self._count + self._epoch(epoch).window_end(within)
 
     def _epoch(self, epoch: int) -> EpochOrder:
         if epoch not in self._epochs:
@@ -163,9 +160,8 @@ class Mixture:
         orders: the data sets' orders.
         weights: positive, one a data set; only their proportions matter.
         position: samples consumed before now, by all ranks together.
-        own_positions: how many of them came from each data set; by default what the pattern dealt them.
-        After a
-            change of weights they differ from it, and each data set goes on where it was.
+        own_positions: how many of them came from each data set; by default what the pattern dealt them. After a change
+            of weights they differ from it, and each data set goes on where it was.
     """
 
     def __init__(
@@ -182,9 +178,10 @@ class Mixture:
         dealt = self._dealt(position)
         self._shift = np.zeros_like(dealt) if own_positions is None else np.array(own_positions) - dealt
 
-    def own_positions(self, position: int) -> np.ndarray:
-        """Samples consumed of each data set when ``position`` were consumed in all."""
-        return self._dealt(position) + self._shift
+    def own_positions(self, position: int | np.ndarray) -> np.ndarray:
+        """Samples consumed of each data set when ``position`` were consumed in all: (sources,), or (sources, n) for n
+        positions."""
+        return (self._dealt(position).T + self._shift).T
 
     def global_batch(self, position: int, size: int) -> Picks:
         """The samples at the places ``position`` to ``position + size``, grouped by data set."""
@@ -192,9 +189,33 @@ class Mixture:
         spans = zip(self.orders, starts, stops, strict=True)
         return concatenate([order.picks(number, int(a), int(b)) for number, (order, a, b) in enumerate(spans)])
 
-    def _dealt(self, position: int) -> np.ndarray:
-        rounds, slot = divmod(position, PATTERN_LENGTH)
-        return rounds * self._before[:, -1] + self._before[:, slot]
+    def share(self, source: int, edges: np.ndarray, world_size: int, rank: int) -> tuple[Picks, np.ndarray, np.ndarray]:
+        """One data set's samples in the rank's parts of consecutive global batches, as :func:`split` has them.
+
+        Only this data set is looked at, so that one with a small weight costs as little as it gives.
+
+        Args:
+            edges: (batches + 1,) positions between the batches.
+
+        Returns:
+            The samples, their places on the data set's own line, and the number of each one's batch, from 0.
+        """
+        own = self.own_positions(edges)
+        places = np.arange(own[source, 0], own[source, -1])
+        picks = self.orders[source].picks(source, int(own[source, 0]), int(own[source, -1]))
+        batch = np.repeat(np.arange(len(edges) - 1), np.diff(own[source]))
+        by_place = np.lexsort((picks.epoch, picks.sample, batch))
+        # A batch is cut where data sets lie one after another, so those before this one come first.
+        before = np.diff(own[:source].sum(axis=0)) if source else np.zeros(len(edges) - 1, np.int64)
+        place_in_batch = places - own[source][batch] + before[batch]
+        size = np.diff(edges)[batch]
+        ours = (place_in_batch >= size * rank // world_size) & (place_in_batch < size * (rank + 1) // world_size)
+        chosen = by_place[ours]
+        return picks[chosen], places[chosen], batch[chosen]
+
+    def _dealt(self, position: int | np.ndarray) -> np.ndarray:
+        rounds, slot = np.divmod(position, PATTERN_LENGTH)
+        return np.multiply.outer(self._before[:, -1], rounds) + self._before[:, slot]
 
 
 def chunk_table(shards: Sequence[Shard], chunk_samples: int) -> tuple[np.ndarray, np.ndarray]:

@@ -39,7 +39,7 @@ class PassingFault(Exception):
 
 
 class Closed(Exception):
-    """The stream was closed while a read waited for its next try."""
+    """The stream was closed before a read was done."""
 
 
 class Piece(NamedTuple):
@@ -122,8 +122,14 @@ class ShardReader:
         return storage.join(self.index.root_url, self.index.shards[shard].name)
 
     def close(self) -> None:
-        """Let no read wait for a further try."""
+        """Let no read begin a further try."""
         self._closing.set()
+
+    def again(self) -> "ShardReader":
+        """A reader of the same shards over the same connections, that is not closed and has counted nothing."""
+        other = ShardReader(self.index, self._connections, self._timeout_s, self._retries, self._disk_cache)
+        other._client = self._client
+        return other
 
     def _open(self) -> RangeClient:
         with self._lock:

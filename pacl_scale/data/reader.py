@@ -1,20 +1,22 @@
 """Samples of a rank's batches, read ahead in large ranges by threads, within a bound of memory.
 
-The order is known for all time, so the reader plans a window of the order at once: which of its samples this rank will
-deliver, and in which batch. Samples that lie close together come with one ranged read, and each is kept only until its
-batch is taken.
+The order is known for all time, so the reader plans a window of a data set's order at once: which of its samples this
+rank will deliver, and in which batch. Samples that lie close together come with one ranged read, and each is kept only
+until its batch is taken. Of a data set that gives few samples a batch a window lasts long, so no more of it is planned
+than is delivered within some windows of the whole mixture.
 """
 
+import heapq
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
 
-from pacl_scale.data.order import Mixture, Picks, concatenate, split
+from pacl_scale.data.order import Mixture, Picks, split
 from pacl_scale.data.ranges import ShardReader
+from pacl_scale.data.workers import Workers
 from pacl_scale.distributed import World
 
 LARGEST_READ = 8 << 20
@@ -22,7 +24,13 @@ LARGEST_GAP = 256 << 10
 """Bytes between two wanted samples that are read and thrown away rather than asked for around: a request costs about
 as much as this many bytes."""
 
-KEPT_BATCHES = 256
+HORIZON_WINDOWS = 8
+"""Windows' worth of places of the whole mixture that are planned ahead. A data set that gives less than an eighth of
+the samples is read in more and smaller ranges, as few of a chunk's samples are needed soon; but what is held grows
+neither with the number of data sets nor as a weight shrinks."""
+
+CLOSING_S = 1.0
+"""How long the end of a stream waits for reads that are under way; one that hangs is left behind."""
 
 
 @dataclass
@@ -34,7 +42,8 @@ class ReadConfig:
 
     window_chunks: int = 128
     """Chunks, from all shards, whose samples are mixed. More mixes better and holds more bytes in memory: a window of
-    the order, divided by the number of ranks, is kept while its batches are delivered."""
+    each data set's order, of eight data sets at most, divided by the number of ranks, is kept while its batches are
+    delivered."""
 
     read_ahead_mb: int = 256
     """Bytes of samples, in MiB, that each rank reads ahead of need."""
@@ -68,8 +77,10 @@ class ReadConfig:
 
 @dataclass(frozen=True)
 class Read:
-    """One ranged read: bytes ``start`` to ``stop`` of a shard, and the samples in them."""
+    """One ranged read: bytes ``start`` to ``stop`` of a shard, and the samples in them; the first of those is needed in
+    batch ``first_use``."""
 
+    first_use: int
     source: int
     epoch: int
     shard: int
@@ -102,7 +113,9 @@ class Plan:
         self._mixture, self._readers = mixture, readers
         self._world = world
         self._position, self._size, self._end = position, global_batch_size, end
-        self._batches: OrderedDict[int, Picks] = OrderedDict()
+        window = max(order.chunk_samples * max(order.window_chunks, 1) for order in mixture.orders)
+        self._horizon = -(-HORIZON_WINDOWS * window // global_batch_size)
+        """Batches that are planned ahead, at most."""
 
     def span(self, number: int) -> tuple[int, int]:
         """The positions of a batch; empty after the end."""
@@ -114,54 +127,53 @@ class Plan:
         start, stop = self.span(number)
         if start == stop:
             return None
-        if number not in self._batches:
-            whole = self._mixture.global_batch(start, stop - start)
-            self._batches[number] = split(whole, self._world.size, self._world.rank)
-            if len(self._batches) > KEPT_BATCHES:
-                self._batches.popitem(last=False)
-        return self._batches[number]
+        return split(self._mixture.global_batch(start, stop - start), self._world.size, self._world.rank)
 
     def reads(self) -> Iterator[Read]:
         """All reads, in the order in which their first samples are needed."""
-        planned: dict[int, tuple[int, int]] = {}
+        waiting: list[tuple[int, int, int, int, int, Read]] = []
+        planned = self._mixture.own_positions(self._position)
         number = 0
-        while (picks := self.batch(number)) is not None:
-            for source, epoch, window in _windows(picks):
-                if planned.get(source, (-1, -1)) < (epoch, window):
-                    planned[source] = (epoch, window)
-                    yield from self._window_reads(number, source, epoch, window)
+        while self.span(number)[0] < self.span(number)[1]:
+            needed = self._mixture.own_positions(self.span(number)[1])
+            for source in range(len(needed)):
+                while planned[source] < needed[source]:
+                    planned[source], reads = self._stretch(number, source, int(planned[source]))
+                    for read in reads:
+                        heapq.heappush(waiting, (read.first_use, source, read.epoch, read.shard, read.start, read))
+            while waiting and waiting[0][0] <= number:
+                yield heapq.heappop(waiting)[-1]
             number += 1
 
-    def _window_reads(self, number: int, source: int, epoch: int, window: int) -> list[Read]:
-        """The reads of our part of a window whose first sample is in batch ``number``."""
-        end = self._mixture.orders[source].window_end(epoch, window)
-        parts, batches = [], []
-        while (picks := self.batch(number)) is not None:
-            ours = picks[(picks.source == source) & (picks.epoch == epoch) & (picks.window == window)]
-            parts.append(ours)
-            batches.append(np.full(len(ours), number))
-            if self._mixture.own_positions(self.span(number)[1])[source] >= end:
-                break
-            number += 1
-        samples, first_use = concatenate(parts).sample, np.concatenate(batches)
+    def _stretch(self, number: int, source: int, begin: int) -> tuple[int, list[Read]]:
+        """The reads of our samples of a data set from place ``begin`` of its own line on, which batch ``number`` holds,
+        to the end of the window there or to the horizon; and the place where that is."""
+        edges = self._position + self._size * np.arange(number, number + self._horizon + 1)
+        edges = edges if self._end is None else np.minimum(edges, self._end)
+        own = self._mixture.own_positions(edges)[source]
+        end = min(self._mixture.orders[source].window_end(begin), int(own[-1]))
+        edges = edges[: int(np.searchsorted(own, end)) + 1]
+        picks, places, batch = self._mixture.share(source, edges, self._world.size, self._world.rank)
+        wanted = (places >= begin) & (places < end)
+        samples, first_use = picks.sample[wanted], number + batch[wanted]
         order = np.argsort(samples)
         samples, first_use = samples[order], first_use[order]
         index = self._readers[source].index
         shards = index.shard_of(samples)
-        bounds = _coalesce(shards, index.offset[samples], index.length[samples])
         reads = []
-        for begin, stop in bounds:
-            group, last = samples[begin:stop], samples[stop - 1]
+        for first, stop in _coalesce(shards, index.offset[samples], index.length[samples]):
+            group, last = samples[first:stop], samples[stop - 1]
             read = Read(
+                first_use=int(first_use[first:stop].min()),
                 source=source,
-                epoch=epoch,
-                shard=int(shards[begin]),
+                epoch=int(picks.epoch[wanted][0]),
+                shard=int(shards[first]),
                 start=int(index.offset[group[0]]),
                 stop=int(index.offset[last]) + int(index.length[last]),
                 samples=group,
             )
-            reads.append((int(first_use[begin:stop].min()), read))
-        return [read for _, read in sorted(reads, key=lambda pair: pair[0])]
+            reads.append(read)
+        return end, reads
 
 
 class ReadAhead:
@@ -177,19 +189,20 @@ class ReadAhead:
 
     def __init__(self, plan: Plan, readers: Sequence[ShardReader], threads: int, budget: int) -> None:
         self._readers, self._budget = readers, budget
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="fetch")
+        self._threads = Workers(threads, "fetch")
         self._reads = plan.reads()
         self._places: dict[tuple[int, int, int], tuple[Future[list[bytes | None]], int]] = {}
         self._lock = threading.Lock()
         self.held = 0
         self._finished = False
 
-    def start(self, picks: Picks) -> list["Awaited"]:
-        """Handles of the samples of the next batch, in its order."""
+    def start(self, number: int, picks: Picks) -> list["Awaited"]:
+        """Handles of the samples of the next batch, ``number``, in its order."""
         keys = [(int(s), int(e), int(n)) for s, e, n in zip(picks.source, picks.epoch, picks.sample, strict=True)]
         for key in keys:
             while key not in self._places:
-                self._begin_next()
+                read = self._begin_next()
+                assert read is not None and read.first_use <= number, "a sample is delivered that was not planned"
         return [Awaited(self, *self._places.pop(key)) for key in keys]
 
     def read_on(self, most: int) -> None:
@@ -200,27 +213,29 @@ class ReadAhead:
             self._begin_next()
 
     def close(self) -> None:
-        """Give up what is under way and wait for the threads to end."""
+        """Give up what is under way. Whoever waits for a sample learns of it; a thread whose read hangs is left, and
+        ends with its time-out."""
         for reader in self._readers:
             reader.close()
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._threads.close(CLOSING_S)
 
     def release(self, size: int) -> None:
         """``size`` bytes are no longer held."""
         with self._lock:
             self.held -= size
 
-    def _begin_next(self) -> None:
+    def _begin_next(self) -> Read | None:
         read = next(self._reads, None)
         if read is None:
             self._finished = True
-            return
+            return None
         index = self._readers[read.source].index
         with self._lock:
             self.held += int(index.length[read.samples].sum())
         future = self._threads.submit(self._carry_out, read)
         for place, sample in enumerate(read.samples):
             self._places[(read.source, read.epoch, int(sample))] = (future, place)
+        return read
 
     def _carry_out(self, read: Read) -> list[bytes | None]:
         reader = self._readers[read.source]
@@ -246,12 +261,6 @@ class Awaited:
         assert content is not None, "a sample is taken once"
         self._ahead.release(len(content))
         return content
-
-
-def _windows(picks: Picks) -> list[tuple[int, int, int]]:
-    """(source, epoch, window) of every window in the picks, in order."""
-    keys = np.stack([picks.source, picks.epoch, picks.window], axis=1)
-    return [(int(s), int(e), int(w)) for s, e, w in np.unique(keys, axis=0)]
 
 
 def _coalesce(shard: np.ndarray, offset: np.ndarray, length: np.ndarray) -> list[tuple[int, int]]:

@@ -6,19 +6,15 @@ and which patches. Neither the number of ranks or threads nor the moment of a re
 
 import math
 import os
-import queue
-import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pacl_scale import storage
-from pacl_scale.data.assemble import PendingBatch, listed
+from pacl_scale.data.assemble import listed
 from pacl_scale.data.batch import PairBatch
 from pacl_scale.data.buffers import Buffers
 from pacl_scale.data.captions import TextConfig
@@ -26,9 +22,10 @@ from pacl_scale.data.decode import PictureConfig, resizer
 from pacl_scale.data.disk_cache import DiskCache
 from pacl_scale.data.features import FeatureFormat
 from pacl_scale.data.index import SampleIndex
-from pacl_scale.data.order import EndlessOrder, Mixture, Picks
+from pacl_scale.data.order import EndlessOrder, Mixture
 from pacl_scale.data.ranges import ShardReader
-from pacl_scale.data.reader import Plan, ReadAhead, ReadConfig
+from pacl_scale.data.reader import ReadConfig
+from pacl_scale.data.run import Run
 from pacl_scale.data.vectors import VectorFormat
 from pacl_scale.distributed import World
 from pacl_scale.errors import UserError
@@ -39,12 +36,7 @@ log = get_logger(__name__)
 if TYPE_CHECKING:
     from pacl_scale.encoders.vision import Preprocess
 
-SAMPLES_A_TASK = 8
-"""Samples that a decode thread takes at a time: enough that handing them out costs nothing."""
-
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-
-CLOSED = "the stream was closed or moved while it was iterated; iterate it anew"
 
 JUDGED_FROM = 100
 """Samples after which the share of skipped ones is judged."""
@@ -143,7 +135,9 @@ class PairStream:
         """Whether batches hold pictures as they lie in the tars, instead of pixels."""
         self.buffers = Buffers(pin=world.device.type == "cuda")
         self._mixture = self._mix(position, None)
-        self._running: _Run | None = None
+        self._running: Run | None = None
+        self._readers: tuple[int, list[ShardReader]] = (0, [])
+        """Those of the iteration before, and the process that they belong to."""
         self._check()
 
     def __len__(self) -> int:
@@ -208,10 +202,11 @@ class PairStream:
         """The batches of the positions ``start`` to ``stop`` (None: without end); the last may be smaller.
 
         An iterator is of no more use when the stream was closed, moved or iterated anew, or in a process that was
-        forked meanwhile: it raises RuntimeError, and the stream can be iterated again.
+        forked meanwhile: it raises RuntimeError, and the stream can be iterated again. Spans that follow one another
+        use the same connections to the store.
         """
         self.close()
-        run = self._running = _Run(self, self._mixture, start, stop)
+        run = self._running = Run(self, self._mixture, self._open_readers(), start, stop)
         while (batch := run.next()) is not None:
             self.position = batch.position_after
             self._count(batch)
@@ -224,8 +219,17 @@ class PairStream:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        raise TypeError(
+            "a stream cannot be sent to another process; send its config and state_after(batch), and open one there"
+        )
+
     def close(self) -> None:
-        """End the threads; the stream can be iterated again from where it is."""
+        """End the threads; the stream can be iterated again from where it is.
+
+        Returns within about a second, even where the store or a file system hangs: a thread that waits for it is left
+        behind, ends with its time-out, and does not keep the program from ending.
+        """
         run, self._running = self._running, None
         if run is None:
             return
@@ -234,6 +238,21 @@ class PairStream:
         else:
             # Its threads are those of the process that forked this one, and may have held a lock at that moment.
             self.buffers = Buffers(pin=self.world.device.type == "cuda")
+
+    def _open_readers(self) -> list[ShardReader]:
+        """A reader of each data set; connections that this process has are used again."""
+        process, readers = self._readers
+        if process == os.getpid():
+            readers = [reader.again() for reader in readers]
+        else:
+            read = self.config.read
+            disk_cache = DiskCache(read.disk_cache, int(read.disk_cache_gb * 1e9)) if read.disk_cache else None
+            readers = [
+                ShardReader(index, read.fetch_threads, read.timeout_s, read.retries, disk_cache)
+                for index in self.indexes
+            ]
+        self._readers = os.getpid(), readers
+        return readers
 
     def _count(self, batch: PairBatch) -> None:
         """Count a batch when it is handed out, not when a thread has made it ahead of its turn."""
@@ -291,97 +310,6 @@ class PairStream:
                     f"{root} has {len(index):,} samples, fewer than its part of a global batch, {part:,} of "
                     f"{self.global_batch_size:,}"
                 )
-
-
-class _Run:
-    """The threads behind one iteration: reads ahead, decode threads, and one that puts batches together."""
-
-    def __init__(self, stream: PairStream, mixture: Mixture, start: int, stop: int | None) -> None:
-        config = stream.config
-        self._stream = stream
-        read = config.read
-        disk_cache = DiskCache(read.disk_cache, int(read.disk_cache_gb * 1e9)) if read.disk_cache else None
-        self._readers = [
-            ShardReader(index, read.fetch_threads, read.timeout_s, read.retries, disk_cache) for index in stream.indexes
-        ]
-        self._plan = Plan(mixture, self._readers, stream.world, start, stream.global_batch_size, stop)
-        budget = config.read.read_ahead_mb << 20
-        self._ahead = ReadAhead(self._plan, self._readers, config.read.fetch_threads, budget)
-        threads = config.decode_threads or torch.get_num_threads()
-        self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self._process = os.getpid()
-        self._batches: queue.Queue[PairBatch | BaseException | None] = queue.Queue(config.prefetch_batches)
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._produce, name="batches", daemon=True)
-        self._thread.start()
-
-    def next(self) -> PairBatch | None:
-        """The next batch; None after the last. Raises what went wrong in a thread, RuntimeError after the end."""
-        if not self.is_of_this_process:
-            raise RuntimeError("the stream was being iterated when this process was forked; iterate it anew")
-        item = self._batches.get()
-        if self._closing.is_set():
-            raise RuntimeError(CLOSED)
-        if isinstance(item, BaseException):
-            raise item
-        return item
-
-    def close(self) -> None:
-        """Stop and wait for the threads to end."""
-        self._closing.set()
-        self._ahead.close()
-        self._decoders.shutdown(wait=True, cancel_futures=True)
-        self._thread.join()
-        # Whoever waits for a batch in another thread waits no longer.
-        with suppress(queue.Full):
-            self._batches.put_nowait(None)
-
-    @property
-    def is_of_this_process(self) -> bool:
-        """Whether its threads run here, and not in the process that forked this one."""
-        return self._process == os.getpid()
-
-    @property
-    def retried(self) -> Counter[str]:
-        """Reads that were tried again, by cause."""
-        return sum((reader.retried for reader in self._readers), Counter())
-
-    def _produce(self) -> None:
-        try:
-            pending: deque[PendingBatch] = deque()
-            number = 0
-            while not self._closing.is_set():
-                # One batch is decoded while the one before it is put together; nothing is planned before the first one.
-                wanted = min(2, number + 1)
-                while len(pending) < wanted and (picks := self._plan.batch(number)) is not None:
-                    pending.append(self._begin(number, picks))
-                    number += 1
-                if not pending:
-                    break
-                self._hand_over(pending.popleft().finish())
-            self._hand_over(None)
-        except BaseException as error:
-            # Whatever it is, the consumer has to learn of it rather than wait for ever.
-            self._hand_over(error)
-
-    def _hand_over(self, item: PairBatch | BaseException | None) -> None:
-        while not self._closing.is_set():
-            try:
-                self._batches.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def _begin(self, number: int, picks: Picks) -> "PendingBatch":
-        awaited = self._ahead.start(picks)
-        pending = PendingBatch(self._stream, picks, position_after=self._plan.span(number)[1])
-        for begin in range(0, len(picks), SAMPLES_A_TASK):
-            rows = range(begin, min(begin + SAMPLES_A_TASK, len(picks)))
-            pending.tasks.append(self._decoders.submit(pending.load, rows, [awaited[row] for row in rows]))
-        if number:
-            # Reads for later batches are begun a batch at a time, and after the first one.
-            self._ahead.read_on(most=len(picks))
-        return pending
 
 
 def _common_format(indexes: Sequence[SampleIndex]) -> FeatureFormat | None:
