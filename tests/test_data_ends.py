@@ -19,6 +19,7 @@ import pytest
 from data_sets import sample, write_pairs, write_tar
 from test_data_stream import config, open_stream, rows_of, take
 
+from pacl_scale.data import ranges
 from pacl_scale.data.features import FeatureFormat
 from pacl_scale.data.index import build_index
 from pacl_scale.data.reader import ReadConfig
@@ -39,6 +40,15 @@ def bucket(local: Path, store: ObjectStore) -> str:
     for path in local.iterdir():
         store.client().put_object(Bucket="tests", Key=f"ends/{path.name}", Body=path.read_bytes())
     return "s3://tests/ends"
+
+
+@pytest.fixture
+def opened_clients(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What clients of a store were opened with in this process."""
+    opened: list[Any] = []
+    original = ranges.open_client
+    monkeypatch.setattr(ranges, "open_client", lambda *words: opened.append(words) or original(*words))
+    return opened
 
 
 class Silence:
@@ -137,7 +147,8 @@ def test_nothing_is_left_of_a_program_that_reads_from_a_store(bucket: str, how: 
     assert family == []
 
 
-def use_after_fork(stream: Any, iterator: Iterator[Any], results: Any) -> None:
+def use_after_fork(stream: Any, iterator: Iterator[Any], opened: list[Any], results: Any) -> None:
+    before = len(opened)
     try:
         next(iterator)
         results.put("went on")
@@ -146,12 +157,13 @@ def use_after_fork(stream: Any, iterator: Iterator[Any], results: Any) -> None:
     try:
         with stream:
             results.put([rows_of(batch) for batch, _ in zip(stream, range(3), strict=False)])
+            results.put(len(opened) - before)
     except BaseException as error:
         results.put(repr(error))
 
 
 @pytest.mark.s3
-def test_a_process_forked_in_mid_iteration_says_so_and_can_begin_anew(bucket: str) -> None:
+def test_a_process_forked_in_mid_iteration_says_so_and_can_begin_anew(bucket: str, opened_clients: list[Any]) -> None:
     """While threads of this one are reading, decoding and putting together; several times, as it is a race."""
     context = multiprocessing.get_context("fork")
     settings = config(bucket, read=ReadConfig(chunk_samples=1, window_chunks=9, read_ahead_mb=1, fetch_threads=4))
@@ -162,7 +174,7 @@ def test_a_process_forked_in_mid_iteration_says_so_and_can_begin_anew(bucket: st
         for number in range(5):
             assert rows_of(next(iterator)) == expected[number]
             results = context.SimpleQueue()
-            child = context.Process(target=use_after_fork, args=(stream, iterator, results))
+            child = context.Process(target=use_after_fork, args=(stream, iterator, opened_clients, results))
             child.start()
             child.join(60)
             try:
@@ -170,6 +182,8 @@ def test_a_process_forked_in_mid_iteration_says_so_and_can_begin_anew(bucket: st
                 assert results.get() == "the stream was being iterated when this process was forked; iterate it anew"
                 # It goes on after the batch that was handed out before the fork.
                 assert results.get() == expected[number + 1 : number + 4]
+                # With connections of its own: two processes that read from one connection get each other's bytes.
+                assert results.get() == 1
             finally:
                 child.kill()
                 child.join()
@@ -199,19 +213,14 @@ def test_a_spawned_process_goes_on_from_a_state_but_is_sent_no_stream(bucket: st
 
 
 @pytest.mark.s3
-def test_spans_share_their_connections(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the cache reads, shard after shard: one client, and a fresh count of tries each time."""
-    from pacl_scale.data import ranges
-
-    opened = []
-    original = ranges.open_client
-    monkeypatch.setattr(ranges, "open_client", lambda *words: opened.append(words) or original(*words))
+def test_spans_share_their_connections(bucket: str, opened_clients: list[Any]) -> None:
+    """As the cache reads, shard after shard: one client."""
     with open_stream(config(bucket), 6, ordered=True) as stream:
         keys = [key for start in range(0, 60, 20) for batch in stream.span(start, start + 20) for key in batch.keys]
         stream.close()
         assert [key for batch in stream.span(0, 6) for key in batch.keys] == keys[:6]
     assert [int(key) for key in keys] == list(range(60))
-    assert len(opened) == 1
+    assert len(opened_clients) == 1
 
 
 GROWTH = """
