@@ -15,7 +15,7 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS)
 # An environment that was half made is made again.
 .DELETE_ON_ERROR:
 
-.PHONY: help demo test test-changed test-times lint audit format clean
+.PHONY: help demo test test-changed test-times lint audit format docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,8 +45,11 @@ format: $(VENV)/dev.stamp ## rewrite the sources as ruff formats them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## remove the environment and all runs
-	rm -rf $(VENV) runs
+docs: $(VENV)/dev.stamp ## the documentation as a site in site/, every warning an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+
+clean: ## remove the environment, all runs and the site
+	rm -rf $(VENV) runs site
 
 $(BIN)/python:
 	@test -w . || { echo "error: this checkout cannot be written to, and everything is installed into it;" \
@@ -64,5 +67,5 @@ $(VENV)/demo.stamp: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV): torch and what the tests need, some minutes and 8 GB"
-	@$(PIP) '.[demo,dev]' || $(NOT_INSTALLED)
+	@$(PIP) '.[demo,dev,docs]' || $(NOT_INSTALLED)
 	touch $@
