@@ -36,14 +36,20 @@ CLASSES_SHOWN = 200
 
 
 def tables(rows: Sequence[Row], task: str) -> list[list[Row]]:
-    """Rows of a task, those that may stand in one table together, methods in reading order."""
+    """Rows of a task, those that may stand in one table together, methods in reading order.
+
+    Of one data set the table that compares most comes first: it is the one that the head of the page shows.
+    """
 
     def place(row: Row) -> tuple[int, int]:
         listed = [*ORDER, row.method, *PEEKING] if row.method not in ORDER + PEEKING else [*ORDER, "", *PEEKING]
         # Of one method at several steps the last one first: it is the one that the page is about.
         return listed.index(row.method), -(row.checkpoint.get("step") or 0)
 
-    return [sorted(cell, key=place) for cell in by_cell([row for row in rows if row.task == task])]
+    cells = by_cell([row for row in rows if row.task == task])
+    data_sets = list(dict.fromkeys(cell[0].data_set for cell in cells))
+    cells.sort(key=lambda cell: (data_sets.index(cell[0].data_set), -len(cell)))
+    return [sorted(cell, key=place) for cell in cells]
 
 
 def names_of(rows: Sequence[Row]) -> list[str]:
