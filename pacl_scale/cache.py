@@ -1,9 +1,9 @@
 """Encode every picture and text once: ``python -m pacl_scale.cache data.root=... output=...``.
 
 The frozen towers are most of the cost of a training step; without augmentation they compute the same every epoch. This
-writes the patch tokens of every picture, as int8 with a scale a token or as bfloat16, and the vectors of every text
-that training can draw for it, in tars with an index like those of the pictures; training reads either. The texts are
-copied, so that the result stands alone. With ``patch_tokens=false`` the pictures themselves are copied in place of
+writes the patch tokens of every picture, as int8 with a scale a token, bfloat16 or float32, and the vectors of every
+text that training can draw for it, in tars with an index like those of the pictures; training reads either. The texts
+are copied, so that the result stands alone. With ``patch_tokens=false`` the pictures themselves are copied in place of
 tokens, for training that crops and flips them or trains blocks of the vision tower.
 
 The samples are cut, in index order, into shards of ``shard_samples``; rank r of R computes every R-th of them. A shard
@@ -61,8 +61,9 @@ class CacheConfig:
     """Also keep the vectors of every caption and noun prompt of each picture, as float16: 2 bytes x channels x
     (captions + 7 x nouns) a picture. Training then needs no text tower."""
 
-    dtype: Literal["int8", "bfloat16"] = "int8"
-    """How tokens are kept: int8 with one float16 scale a token, or bfloat16 at twice the size."""
+    dtype: Literal["int8", "bfloat16", "float32"] = "int8"
+    """How tokens are kept: int8 with one float16 scale a token, bfloat16 at twice the size, or float32, which loses
+    nothing, at four times."""
 
     precision: Literal["bf16", "fp32"] = "bf16"
     """What the towers compute in."""

@@ -68,7 +68,7 @@ def settings(root: Path, output: Path, **changes: Any) -> CacheConfig:
     return CacheConfig(output=str(output), **(options | changes))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("int8", 0.02), ("bfloat16", 0.02)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("int8", 0.02), ("bfloat16", 0.02), ("float32", 1e-6)])
 def test_training_reads_what_the_encoder_computes(tmp_path: Path, dtype: Any, tolerance: float) -> None:
     write_pairs(tmp_path / "pairs", [11, 9])
     index = cache(settings(tmp_path / "pairs", tmp_path / "out", dtype=dtype), ALONE)

@@ -442,7 +442,7 @@ def write_features(root: Path, count: int, dtype: str, vision: str = "tower") ->
     return format
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("int8", 1 / 127 / 2 * 1.01), ("bfloat16", 2**-8)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("int8", 1 / 127 / 2 * 1.01), ("bfloat16", 2**-8), ("float32", 0)])
 def test_features_come_back(tmp_path: Path, dtype: str, tolerance: float) -> None:
     format = write_features(tmp_path, 20, dtype)
     with open_stream(config(tmp_path), 20) as stream:
@@ -458,7 +458,7 @@ def test_features_come_back(tmp_path: Path, dtype: str, tolerance: float) -> Non
             assert torch.equal(patches, original.bfloat16().float())
 
 
-@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16", "float32"])
 def test_a_random_sample_of_patches_per_picture_and_epoch(tmp_path: Path, dtype: str) -> None:
     write_features(tmp_path, 20, dtype)
     seen = []

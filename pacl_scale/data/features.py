@@ -2,6 +2,7 @@
 
 A sample of a features data set has ``<key>.patches``, T x D numbers in row order, and for int8 ``<key>.scale``, T
 float16 numbers: token t is ``patches[t] * scale[t]``, and ``scale[t]`` is the largest magnitude in the token over 127.
+bfloat16 and float32 need no scale.
 Its text members are those of the picture's sample, so the data set stands alone.
 """
 
@@ -18,7 +19,8 @@ from pacl_scale.data.index import PATCHES_EXTENSION, SampleIndex
 from pacl_scale.errors import UserError
 
 SCALE_EXTENSION = "scale"
-DTYPES = ("int8", "bfloat16")
+CODES = {"int8": np.int8, "bfloat16": np.uint16, "float32": np.float32}
+"""How a number lies in the tar. float32 is what the others are measured against."""
 LARGEST_INT8 = 127
 
 
@@ -33,7 +35,7 @@ class FeatureFormat:
     grid: tuple[int, int]
     """Rows and columns of patches."""
     dtype: str
-    """"int8" or "bfloat16"."""
+    """"int8", "bfloat16" or "float32"."""
     vision: dict[str, Any] = field(compare=True)
     """Fingerprint of the encoder that computed them."""
 
@@ -48,7 +50,7 @@ class FeatureFormat:
             found = cls(int(extra["tokens"]), int(extra["width"]), (rows, columns), extra["dtype"], extra["vision"])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{index.root_url}: its index does not describe its patch tokens ({error!r})") from error
-        if found.dtype not in DTYPES or rows * columns != found.tokens:
+        if found.dtype not in CODES or rows * columns != found.tokens:
             raise UserError(f"{index.root_url}: patch tokens of an unknown format ({extra})")
         return found
 
@@ -74,6 +76,8 @@ class FeatureFormat:
             bits_BTD = tokens_BTD.to(torch.bfloat16).contiguous().view(torch.int16).cpu().numpy()
             return [{PATCHES_EXTENSION: bits.tobytes()} for bits in bits_BTD]
         tokens_BTD = tokens_BTD.float()
+        if self.dtype == "float32":
+            return [{PATCHES_EXTENSION: tokens_TD.tobytes()} for tokens_TD in tokens_BTD.cpu().numpy()]
         # The scale is rounded first, so that the codes are the best for the scale that is stored. The smallest normal
         # float16 keeps a token of zeros from dividing by zero.
         scale_BT = (tokens_BTD.abs().amax(dim=2) / LARGEST_INT8).clamp_min(2**-14).half()
@@ -91,14 +95,17 @@ class FeatureFormat:
             BadPicture: no tokens, or not as many as the index says.
         """
         content = members.get(PATCHES_EXTENSION, b"")
-        size = 1 if self.dtype == "int8" else 2
-        if len(content) != self.tokens * self.width * size:
+        code = np.dtype(CODES[self.dtype])
+        if len(content) != self.tokens * self.width * code.itemsize:
             raise BadPicture("patch tokens of the wrong size")
-        codes_TD = np.frombuffer(content, np.int8 if size == 1 else np.uint16).reshape(self.tokens, self.width)
+        codes_TD = np.frombuffer(content, code).reshape(self.tokens, self.width)
         codes_ND = codes_TD if ids is None else codes_TD[ids]
         if self.dtype == "bfloat16":
             # A bfloat16 is the upper half of a float32.
             out_ND.view(torch.int32).numpy()[:] = codes_ND.astype(np.int32) << 16
+            return
+        if self.dtype == "float32":
+            out_ND.numpy()[:] = codes_ND
             return
         scale = members.get(SCALE_EXTENSION, b"")
         if len(scale) != 2 * self.tokens:

@@ -8,6 +8,7 @@ than is delivered within some windows of the whole mixture.
 
 import heapq
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -129,8 +130,8 @@ class Plan:
             return None
         return split(self._mixture.global_batch(start, stop - start), self._world.size, self._world.rank)
 
-    def reads(self) -> Iterator[Read]:
-        """All reads, in the order in which their first samples are needed."""
+    def reads(self) -> Iterator[list[Read]]:
+        """For each batch the reads whose first samples it needs."""
         waiting: list[tuple[int, int, int, int, int, Read]] = []
         planned = self._mixture.own_positions(self._position)
         number = 0
@@ -141,8 +142,10 @@ class Plan:
                     planned[source], reads = self._stretch(number, source, int(planned[source]))
                     for read in reads:
                         heapq.heappush(waiting, (read.first_use, source, read.epoch, read.shard, read.start, read))
+            first_needed = []
             while waiting and waiting[0][0] <= number:
-                yield heapq.heappop(waiting)[-1]
+                first_needed.append(heapq.heappop(waiting)[-1])
+            yield first_needed
             number += 1
 
     def _stretch(self, number: int, source: int, begin: int) -> tuple[int, list[Read]]:
@@ -191,26 +194,29 @@ class ReadAhead:
         self._readers, self._budget = readers, budget
         self._threads = Workers(threads, "fetch")
         self._reads = plan.reads()
+        self._planned = 0
+        """Batches whose reads are begun or waiting."""
+        self._waiting: deque[Read] = deque()
         self._places: dict[tuple[int, int, int], tuple[Future[list[bytes | None]], int]] = {}
         self._lock = threading.Lock()
         self.held = 0
-        self._finished = False
 
     def start(self, number: int, picks: Picks) -> list["Awaited"]:
         """Handles of the samples of the next batch, ``number``, in its order."""
+        while self._planned <= number and self._plan_batch():
+            pass
+        while self._waiting and self._waiting[0].first_use <= number:
+            self._begin(self._waiting.popleft())
         keys = [(int(s), int(e), int(n)) for s, e, n in zip(picks.source, picks.epoch, picks.sample, strict=True)]
-        for key in keys:
-            while key not in self._places:
-                read = self._begin_next()
-                assert read is not None and read.first_use <= number, "a sample is delivered that was not planned"
         return [Awaited(self, *self._places.pop(key)) for key in keys]
 
     def read_on(self, most: int) -> None:
         """Begin up to ``most`` further reads within the budget."""
         for _ in range(most):
-            if self.held >= self._budget or self._finished:
+            if self.held >= self._budget or not (self._waiting or self._plan_batch()):
                 return
-            self._begin_next()
+            if self._waiting:
+                self._begin(self._waiting.popleft())
 
     def close(self) -> None:
         """Give up what is under way. Whoever waits for a sample learns of it; a thread whose read hangs is left, and
@@ -224,18 +230,22 @@ class ReadAhead:
         with self._lock:
             self.held -= size
 
-    def _begin_next(self) -> Read | None:
-        read = next(self._reads, None)
-        if read is None:
-            self._finished = True
-            return None
+    def _plan_batch(self) -> bool:
+        """Plan one more batch; False after the last."""
+        reads = next(self._reads, None)
+        if reads is None:
+            return False
+        self._planned += 1
+        self._waiting.extend(reads)
+        return True
+
+    def _begin(self, read: Read) -> None:
         index = self._readers[read.source].index
         with self._lock:
             self.held += int(index.length[read.samples].sum())
         future = self._threads.submit(self._carry_out, read)
         for place, sample in enumerate(read.samples):
             self._places[(read.source, read.epoch, int(sample))] = (future, place)
-        return read
 
     def _carry_out(self, read: Read) -> list[bytes | None]:
         reader = self._readers[read.source]
