@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -90,18 +91,22 @@ def kept_as(dtype: str, source: Path, output: Path) -> dict[str, float]:
     return {"cosine_mean": all_cosines.mean().item(), "cosine_smallest": all_cosines.min().item()}
 
 
-def trained(demo: Path, root: Path, dtype: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
-    """Train and evaluate on one way of keeping tokens, computing in float32 so that nothing else is rounded."""
-    run, output = folder / f"run-{dtype}-{seed}", folder / f"evals-{dtype}-{seed}"
+def trained(root: Path, seed: int, steps: int, run: Path) -> float:
+    """Train on one way of keeping tokens, computing in float32 so that nothing else is rounded; the final loss."""
     words = ["--config", "configs/train/demo.yaml", f"data.root={root}", f"run={run}", f"steps={steps}", f"seed={seed}"]
     words += ["engine.precision=fp32", "engine.zero_stage=0", "log_every=1", "checkpoint.every_steps=10000"]
     command("-m", "pacl_scale.train", *words)
-    words = ["--config", "configs/eval/demo.yaml", f"methods={{pacl: {run}}}", f"output={output}", "controls=[]"]
+    return mean([line["loss"] for line in metrics.read_metrics(run / "metrics.jsonl")][-LAST:])
+
+
+def scores(demo: Path, runs: Sequence[Path], output: Path) -> dict[str, float]:
+    """mIoU of each run by its name; all at once, so that each picture is encoded once."""
+    methods = ", ".join(f"{run.name}: {run}" for run in runs)
+    words = ["--config", "configs/eval/demo.yaml", f"methods={{{methods}}}", f"output={output}", "controls=[]"]
     words += [f"segmentation.scenes.root={demo / 'scenes' / 'test'}", "retrieval={}", "examples=0"]
     command("-m", "pacl_scale.evaluate", *words)
-    (row,) = [json.loads(file.read_text()) for file in output.rglob("*.json") if "scores" in file.read_text()]
-    losses = [line["loss"] for line in metrics.read_metrics(run / "metrics.jsonl")]
-    return {"dtype": dtype, "seed": seed, "loss": mean(losses[-LAST:]), "miou": row["scores"]["miou"]}
+    rows = [json.loads(file.read_text()) for file in output.rglob("*.json") if "scores" in file.read_text()]
+    return {row["method"]: row["scores"]["miou"] for row in rows}
 
 
 def differences(rows: list[dict[str, Any]], dtype: str) -> dict[str, Any]:
@@ -117,9 +122,7 @@ def differences(rows: list[dict[str, Any]], dtype: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="a finished run of the demo")
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="each is trained on each kind of tokens"
-    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each on all kinds of tokens")
     parser.add_argument("--steps", type=int, default=120, help="of a training")
     parser.add_argument("--pictures", type=int, default=600, help="that are trained on; 1.5 MB of disk each, or less")
     parser.add_argument("--json", metavar="FILE", help="write the results there instead of to stdout")
@@ -132,8 +135,14 @@ def main() -> None:
         for dtype in [dtype for dtype in CODES if dtype != "float32"]:
             roots[dtype] = folder / dtype
             cosines[dtype] = kept_as(dtype, roots["float32"], roots[dtype])
-        runs = product(options.seeds, roots)
-        rows = [trained(demo, roots[dtype], dtype, seed, options.steps, folder) for seed, dtype in runs]
+        losses = {}
+        for seed, dtype in product(options.seeds, roots):
+            losses[dtype, seed] = trained(roots[dtype], seed, options.steps, folder / f"{dtype}_{seed}")
+        miou = scores(demo, [folder / f"{dtype}_{seed}" for dtype, seed in losses], folder / "evals")
+    rows = [
+        {"dtype": dtype, "seed": seed, "loss": loss, "miou": miou[f"{dtype}_{seed}"]}
+        for (dtype, seed), loss in losses.items()
+    ]
     results: dict[str, Any] = {"benchmark": "quantisation", "machine": machine, "steps": options.steps}
     results |= {"pictures": options.pictures, "cosine_to_float32": cosines, "rows": rows}
     results["minus_float32"] = {dtype: differences(rows, dtype) for dtype in cosines}

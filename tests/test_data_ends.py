@@ -136,12 +136,15 @@ def test_nothing_is_left_of_a_program_that_reads_from_a_store(bucket: str, how: 
     """After an exception, and after Ctrl-C while the store hangs: it ends soon, and alone."""
     words = [sys.executable, "-c", HANGING, bucket, str(Path(__file__).parent), how]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "going\n"
-        family = psutil.Process(child.pid).children(recursive=True)
-        if how != "error":
-            child.send_signal(signal.SIGINT)
-        _, errors = child.communicate(timeout=60)
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "going\n"
+            family = psutil.Process(child.pid).children(recursive=True)
+            if how != "error":
+                child.send_signal(signal.SIGINT)
+            _, errors = child.communicate(timeout=60)
+        finally:
+            child.kill()
     assert child.returncode == status
     assert ("on purpose" if how == "error" else "KeyboardInterrupt") in errors
     assert family == []
