@@ -56,6 +56,15 @@ def test_tokens_are_open_clips_own(config_file: str, checkpoint: str, clip: open
     torch.testing.assert_close(tokens, tokens_of(clip.visual, images))
 
 
+def test_nobody_is_warned_of_what_was_asked_for(
+    config_file: str, checkpoint: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for weights in ("random", checkpoint):
+        build_vision(VisionConfig(model=config_file, weights=weights))
+        build_text(TextEncoderConfig(model=config_file, weights=weights))
+    assert "randomly" not in caplog.text
+
+
 def test_projection_layer_and_norm_are_choices(config_file: str, checkpoint: str, clip: open_clip.CLIP) -> None:
     images = torch.randn(2, 3, 64, 64)
     projected = build_vision(VisionConfig(model=config_file, weights=checkpoint, projection=True))

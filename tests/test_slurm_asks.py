@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from documented_places import ON_SLURM
 from slurm_cluster import Cluster
 from slurm_runs import SCRIPT, said, words_for
 from sweeps import write_data, write_runs
@@ -103,3 +104,9 @@ def test_what_the_partition_can_run_is_not_refused(cluster: Cluster) -> None:
     finally:
         cluster.run("scontrol", "update", "NodeName=n4", "State=RESUME")
     assert said == ["partition main has 2 such nodes now (n4 is drained); the job waits for more"]
+
+
+@pytest.mark.parametrize("command", ON_SLURM)
+def test_what_the_documentation_asks_has_an_answer(command: str, cluster: Cluster) -> None:
+    said = cluster.run("bash", "-c", command)
+    assert all(word in said for word in (("main", "gpu:") if "sinfo" in command else ("MaxArraySize", "KillWait")))

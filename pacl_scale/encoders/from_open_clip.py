@@ -4,6 +4,7 @@ n strings, L tokens, D channels.
 """
 
 import json
+import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -148,7 +149,7 @@ def _create(name: str, weights: str | None, seed: int) -> tuple[Any, Any]:
         # OpenAI's weights were trained with another GELU than open_clip's configuration of the same name says.
         quick_gelu = bool(tag and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False))
         try:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), _random_on_purpose():
                 torch.manual_seed(seed)
                 model = open_clip.create_model(
                     known_name,
@@ -164,6 +165,21 @@ def _create(name: str, weights: str | None, seed: int) -> tuple[Any, Any]:
     if weights not in (None, RANDOM) and tag is None:
         _load_file(model, str(weights))
     return model, tokenizer
+
+
+@contextmanager
+def _random_on_purpose() -> Iterator[None]:
+    """Without open_clip's warning that weights are random: asked for, or a file's replace them right after."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return "Model initialized randomly" not in record.getMessage()
+
+    root = logging.getLogger()
+    root.addFilter(other)
+    try:
+        yield
+    finally:
+        root.removeFilter(other)
 
 
 def _tag(name: str, weights: str | None) -> str | None:
