@@ -200,7 +200,7 @@ def compiled_kernels() -> list[dict[str, Any]]:
         compile_kernel(kernels, sweep, capability, T, dtype)
         for capability in (80, 90)
         for T, dtype in KERNEL_SIZES
-        for sweep in ("attend", "normalise", "slopes")
+        for sweep in kernels.SWEEPS
     ]
 
 
@@ -213,23 +213,25 @@ def compile_kernel(kernels: Any, sweep: str, capability: int, T: int, dtype: str
 
     kernel = getattr(kernels, f"_{sweep}")
     launch = kernels.Launch.of(T)
-    constants = {"BLOCK_T": launch.block_t, "BLOCK_N": launch.block_n}
-    if "COSINE" in kernel.arg_names:
-        constants["COSINE"] = True
-    tables = ("attention", "mixed", "slopes", "weights")
+    sizes = {"BLOCK_T": launch.block_t, "BLOCK_N": launch.block_n, "ROWS": kernels.ROWS, "WIDTH": kernels.WIDTH}
+    constants = sizes | {"COSINE": True, "MASKED": True}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    warps = launch.warps if "BLOCK_T" in constants else kernels.ROW_WARPS
+    tables = ("attention", "mixed", "slopes", "weights", "patches", "units", "grads")
     signature = {
         name: "constexpr" if name in constants
-        else "i32" if name in ("T", "N")
-        else "fp32" if name in ("scale", "floor_square", "most_inverse")
+        else "i32" if name in ("T", "N", "D", "rows")
+        else "fp32" if name in ("floor", "floor_square", "most_inverse")
+        else "*u8" if name == "mask"
         else f"*{dtype}" if name in tables
         else "*fp32"
         for name in kernel.arg_names
     }  # fmt: skip
     # What the run time would find out of the arguments: aligned pointers, sizes divisible by 16.
-    aligned = [n.startswith("*") or k == "N" or (k == "T" and T % 16 == 0) for k, n in signature.items()]
+    aligned = [n.startswith("*") or k in ("N", "D") or (k == "T" and T % 16 == 0) for k, n in signature.items()]
     attributes = {(i,): [["tt.divisibility", 16]] for i, yes in enumerate(aligned) if yes}
     source = ASTSource(kernel, signature, constants, attributes)
-    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.warps})
+    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(result.asm["ptx"], encoding="utf-8")
@@ -244,7 +246,7 @@ def compile_kernel(kernels: Any, sweep: str, capability: int, T: int, dtype: str
         "type": dtype,
         "T": T,
         "texts": launch.block_n,
-        "warps": launch.warps,
+        "warps": warps,
         "registers": int(re.findall(r"Used (\d+) registers", said)[0]),
         "shared_kib": result.metadata.shared / 1024,
         "spill_bytes": sum(map(int, spills)),

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 
 from pacl_scale.distributed import World
@@ -211,10 +212,12 @@ def set_learning_rate(engine: Any, lr: float) -> None:
 
 def set_collective_timeout(engine: Any, minutes: float) -> None:
     """How long collectives may take from now on: torch's own, and DeepSpeed's, which has a group of the same ranks."""
-    torch.distributed.set_timeout(timedelta(minutes=minutes))
-    own = getattr(engine, "seq_data_parallel_group", None)
+    limit, own = timedelta(minutes=minutes), getattr(engine, "seq_data_parallel_group", None)
+    # Before torch 2.14 the call had a private name.
+    set_timeout = getattr(torch.distributed, "set_timeout", None) or distributed_c10d._set_pg_timeout
+    set_timeout(limit)
     if own is not None:
-        torch.distributed.set_timeout(timedelta(minutes=minutes), own)
+        set_timeout(limit, own)
 
 
 def gather_state(engine: Any, config: EngineConfig) -> dict[str, dict[str, Tensor]]:

@@ -27,8 +27,8 @@ Backend = Literal["auto", "eager", "tiled", "triton"]
 """Who computes it. "auto": triton where it can run, else tiled."""
 
 
-NORMALISE_TEXTS = 1024
-"""Texts that are brought to unit length at a time."""
+NORMALISE_TEXTS = {"cpu": 1024, "cuda": 16384}
+"""Texts that are brought to unit length at a time: few enough for a cache, or for few launches."""
 
 
 def patch_text_similarity(
@@ -139,7 +139,8 @@ def _unit_vectors(texts: Tensor, dtype: torch.dtype) -> Tensor:
     if texts.requires_grad:
         return functional.normalize(texts.to(exact), dim=-1, eps=VECTOR_FLOOR).to(dtype)
     units = torch.empty_like(texts, dtype=dtype, memory_format=torch.contiguous_format)
-    for some, out in zip(texts.split(NORMALISE_TEXTS), units.split(NORMALISE_TEXTS), strict=True):
+    size = NORMALISE_TEXTS.get(texts.device.type, 1024)
+    for some, out in zip(texts.split(size), units.split(size), strict=True):
         out.copy_(functional.normalize(some.to(exact), dim=-1, eps=VECTOR_FLOOR))
     return units
 

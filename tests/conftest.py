@@ -1,6 +1,7 @@
 """Fixtures of more than one test file, and how tests are shared among the workers of ``pytest -n``."""
 
 import os
+import resource
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +20,9 @@ from pacl_scale.errors import UserError
 from pacl_scale.quickstart.store import ObjectStore, find_server
 
 PROPERTIES = "testsuite_properties"
+
+# Crashes that tests ask for, also of Slurm's jobs, leave no memory dumps in the working directory.
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 @pytest.hookimpl(optionalhook=True)

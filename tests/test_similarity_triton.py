@@ -83,7 +83,7 @@ def test_compiled_kernels_spill_nothing(capability: int, monkeypatch: pytest.Mon
 
     from pacl_scale.kernels import triton as kernels
 
-    for sweep, T in product(("attend", "normalise", "slopes"), (196, 4096)):
+    for sweep, T in product(kernels.SWEEPS, (196, 4096)):
         row = compile_kernel(kernels, sweep, capability, T, dtype="bf16")
         assert row["spill_bytes"] == 0, row
         assert 0 < row["registers"] <= 255 and row["shared_kib"] <= 160, row

@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pacl_scale.kernels import POOLED_FLOOR, VECTOR_FLOOR, without_autocast
-from pacl_scale.kernels.passes import HIDDEN
+from pacl_scale.kernels import POOLED_FLOOR, VECTOR_FLOOR, passes, without_autocast
+
+HIDDEN = tl.constexpr(passes.HIDDEN)
 
 MAX_PATCHES = 4096
 """More patches than this do not fit into the registers of one program."""
@@ -32,8 +33,14 @@ THREAD_NUMBERS = 16
 TILE_TEXTS = 128
 """Texts of a tile, at most."""
 
-WORKSPACE_BYTES = 1 << 28
+ROWS, WIDTH, ROW_WARPS = 8, 512, 8
+"""Of a program that goes along patches: how many, numbers of each that it looks at together, and warps."""
+
+WORKSPACE_BYTES = 1 << 29
 """What a launch's tables may take together; decides how many images a launch has."""
+
+SWEEPS = ("unit", "through_length", "attend", "normalise", "slopes")
+"""The kernels below."""
 
 
 def reason_not_to(patches: Tensor, pooling: str) -> str | None:
@@ -55,16 +62,81 @@ def pool(patches_BTD: Tensor, texts_ND: Tensor, scale: Tensor, pooling: str, mas
 
 
 @triton.jit
-def _attend(scores, bias, scale, attention, phi, T, N, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
+def _unit(
+    patches, mask, units, lengths, rows, D, floor,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Patches brought to length 1, and the lengths they had; both are 0 for patches that do not count."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there, d = row < rows, tl.arange(0, WIDTH)
+    counts = there
+    if MASKED:
+        # A patch that does not count may hold anything, nan included: it is not even read.
+        counts = there & (tl.load(mask + row, mask=there, other=0) != 0)
+    square = tl.zeros([ROWS], tl.float32)
+    for start in range(0, D, WIDTH):
+        inside = counts[:, None] & (start + d < D)[None, :]
+        x = tl.load(patches + row[:, None] * D + (start + d)[None, :], mask=inside, other=0.0).to(tl.float32)
+        square += tl.sum(x * x, 1)
+    length = tl.sqrt_rn(square)
+    tl.store(lengths + row, length, mask=there)
+    over = 1 / tl.maximum(length, floor)
+    for start in range(0, D, WIDTH):
+        place, inside = row[:, None] * D + (start + d)[None, :], (start + d < D)[None, :]
+        x = tl.load(patches + place, mask=counts[:, None] & inside, other=0.0).to(tl.float32)
+        tl.store(units + place, (x * over[:, None]).to(units.dtype.element_ty), mask=there[:, None] & inside)
+
+
+@triton.jit
+def _through_length(
+    direct, pull, units, lengths, mask, grads, rows, D, floor,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr, COSINE: tl.constexpr,
+):  # fmt: skip
+    """Gradients of patches from those of their units, ``direct - pull``: what lies along the patch does not count."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there, d = row < rows, tl.arange(0, WIDTH)
+    counts = there
+    if MASKED:
+        counts = there & (tl.load(mask + row, mask=there, other=0) != 0)
+    along = tl.zeros([ROWS], tl.float32)
+    for start in range(0, D, WIDTH):
+        place = row[:, None] * D + (start + d)[None, :]
+        inside = counts[:, None] & (start + d < D)[None, :]
+        grad = tl.load(direct + place, mask=inside, other=0.0)
+        if COSINE:
+            grad -= tl.load(pull + place, mask=inside, other=0.0)
+        along += tl.sum(grad * tl.load(units + place, mask=inside, other=0.0).to(tl.float32), 1)
+    length = tl.load(lengths + row, mask=there, other=1.0)
+    # A vector shorter than the floor was divided by a constant.
+    along = tl.where(length < floor, 0.0, along)
+    over = 1 / tl.maximum(length, floor)
+    for start in range(0, D, WIDTH):
+        place, within = row[:, None] * D + (start + d)[None, :], (start + d < D)[None, :]
+        inside = counts[:, None] & within
+        grad = tl.load(direct + place, mask=inside, other=0.0)
+        if COSINE:
+            grad -= tl.load(pull + place, mask=inside, other=0.0)
+        unit = tl.load(units + place, mask=inside, other=0.0).to(tl.float32)
+        result = (grad - unit * along[:, None]) * over[:, None]
+        tl.store(grads + place, result.to(grads.dtype.element_ty), mask=there[:, None] & within)
+
+
+@triton.jit
+def _attend(
+    scores, mask, scale, attention, phi, T, N,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """Attention of one image to a block of texts, and a . s of each. Program axes: blocks of texts, images."""
     image = tl.program_id(1).to(tl.int64)
     t, n = tl.arange(0, BLOCK_T), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     place, inside = (image * T + t[:, None]) * N + n[None, :], (t[:, None] < T) & (n[None, :] < N)
     s = tl.load(scores + place, mask=inside, other=0.0)
-    hide = tl.load(bias + image * T + t, mask=t < T, other=-1e30)
-    logits = s * scale + hide[:, None]
+    counts = t < T
+    if MASKED:
+        counts = counts & (tl.load(mask + image * T + t, mask=counts, other=0) != 0)
+    logits = tl.where(counts[:, None], s * tl.load(scale), HIDDEN)
     e = tl.exp(logits - tl.max(logits, 0)[None, :])
-    # Rounded once: every later sum has the same attention, as which phi and its gradient are exact.
+    # Rounded once: every later sum has the same attention, as which phi and its gradient is exact.
     a = (e / tl.sum(e, 0)[None, :]).to(attention.dtype.element_ty)
     tl.store(attention + place, a, mask=inside)
     tl.store(phi + image * N + n, tl.sum(a.to(tl.float32) * s, 0), mask=n < N)
@@ -111,8 +183,9 @@ def _slopes(
         slope = a * (s - value[None, :])
         direct = g
     turned = tl.sum(tl.sum(slope * s, 0) * g, 0)
+    k = tl.load(scale)
     tl.store(grad_scale + image * tl.num_programs(0) + tl.program_id(0), turned)
-    grad = slope * (g * scale)[None, :] + a * direct[None, :]
+    grad = slope * (g * k)[None, :] + a * direct[None, :]
     tl.store(slopes + place, grad.to(slopes.dtype.element_ty), mask=inside)
 
 
@@ -161,26 +234,26 @@ class _Pool(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         patches_BTD, texts_ND, scale, mask_BT, phi_BN, inverse_BN = ctx.saved_tensors
         needs_patches, needs_texts, needs_scale = ctx.needs_input_grad[:3]
-        grad_patches = torch.empty_like(patches_BTD) if needs_patches else None
-        grad_texts = torch.zeros_like(texts_ND, dtype=torch.float32) if needs_texts else None
-        grad_scale = torch.zeros((), dtype=torch.float32, device=texts_ND.device)
+        grad_patches = torch.empty_like(patches_BTD, memory_format=torch.contiguous_format) if needs_patches else None
+        grad_texts: Tensor | None = None
         problem = _Problem(patches_BTD, texts_ND, scale, ctx.pooling, mask_BT)
+        turned = torch.empty(len(phi_BN), problem.blocks, dtype=torch.float32, device=texts_ND.device)
+        up_BN = grads[0].contiguous()
         for group in problem.groups(backward=True):
             tables = problem.tables(group, torch.empty_like(phi_BN[group]))
             inverse = None if inverse_BN is None else inverse_BN[group]
-            slopes_gTN, weights_gTN, turned = problem.slopes(
-                tables, grads[0][group].contiguous(), phi_BN[group], inverse
-            )
-            grad_scale += turned
+            slopes_gTN, weights_gTN = problem.slopes(tables, up_BN[group], phi_BN[group], inverse, turned[group])
             if grad_patches is not None:
-                grad_gTD = product(slopes_gTN.flatten(0, 1), texts_ND).view_as(tables.units_gTD)
+                direct_gTD = product(slopes_gTN.flatten(0, 1), texts_ND).view_as(tables.units_gTD)
+                pull_gTD = None
                 if weights_gTN is not None:
                     outer_gTT = torch.bmm(weights_gTN, tables.attention_gTN.transpose(1, 2))
-                    grad_gTD -= product(outer_gTT, tables.units_gTD)
-                grad_patches[group] = tables.through_length(grad_gTD)
-            if grad_texts is not None:
-                grad_texts += product(slopes_gTN.flatten(0, 1).t(), tables.units_gTD.flatten(0, 1))
-        return grad_patches, grad_texts, grad_scale.to(scale.device) if needs_scale else None, None, None
+                    pull_gTD = product(outer_gTT, tables.units_gTD)
+                problem.through_length(tables, direct_gTD, pull_gTD, grad_patches[group])
+            if needs_texts:
+                grad = product(slopes_gTN.flatten(0, 1).t(), tables.units_gTD.flatten(0, 1))
+                grad_texts = grad if grad_texts is None else grad_texts.add_(grad)
+        return grad_patches, grad_texts, turned.sum().to(scale.device) if needs_scale else None, None, None
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -197,21 +270,14 @@ class _Tables:
     """A launch's images, and the tables of scores and attention."""
 
     units_gTD: Tensor
-    lengths_gT1: Tensor
-    bias_gT: Tensor
+    lengths_gT: Tensor
+    mask_gT: Tensor | None
     scores_gTN: Tensor
     attention_gTN: Tensor
 
     def mixed(self) -> Tensor:
         """h = G a, (g, T, N)."""
         return torch.bmm(torch.bmm(self.units_gTD, self.units_gTD.transpose(1, 2)), self.attention_gTN)
-
-    def through_length(self, grad_gTD: Tensor) -> Tensor:
-        """From the gradient of unit patches to that of patches: what lies along the patch does not count."""
-        units = self.units_gTD.float()
-        along = (grad_gTD * units).sum(-1, keepdim=True).masked_fill_(self.lengths_gT1 < VECTOR_FLOOR, 0.0)
-        grad_gTD.addcmul_(units, along, value=-1).div_(self.lengths_gT1.clamp(min=VECTOR_FLOOR))
-        return grad_gTD.masked_fill_(self.bias_gT.unsqueeze(-1) < 0, 0.0)
 
 
 class _Problem:
@@ -220,9 +286,11 @@ class _Problem:
     def __init__(
         self, patches_BTD: Tensor, texts_ND: Tensor, scale: Tensor, pooling: str, mask_BT: Tensor | None
     ) -> None:
-        self.patches_BTD, self.mask_BT, self.pooling = patches_BTD, mask_BT, pooling
+        self.patches_BTD, self.pooling = patches_BTD.contiguous(), pooling
+        self.mask_BT = None if mask_BT is None else mask_BT.contiguous().view(torch.uint8)
         self.texts_ND = texts_ND.to(patches_BTD.dtype).contiguous()
-        self.scale = float(scale)
+        # Read by the kernels, not by Python: reading it would wait for the GPU.
+        self.scale = scale.detach().to(patches_BTD.device, torch.float32)
         self.launch = Launch.of(patches_BTD.shape[1])
         self.blocks = triton.cdiv(len(texts_ND), self.launch.block_n)
 
@@ -235,35 +303,41 @@ class _Problem:
 
     def tables(self, group: slice, phi_gN: Tensor) -> _Tables:
         """Scores and attention of some images; a . s goes to ``phi_gN``."""
-        patches_gTD = self.patches_BTD[group].float()
-        lengths_gT1 = torch.linalg.vector_norm(patches_gTD, dim=-1, keepdim=True)
-        units_gTD = patches_gTD / lengths_gT1.clamp(min=VECTOR_FLOOR)
-        bias_gT = lengths_gT1.new_zeros(units_gTD.shape[:2])
-        if self.mask_BT is not None:
-            # A patch that does not count may hold anything, nan included.
-            units_gTD.masked_fill_(~self.mask_BT[group].unsqueeze(-1), 0.0)
-            bias_gT.masked_fill_(~self.mask_BT[group], HIDDEN)
-        units_gTD = units_gTD.to(self.texts_ND.dtype)
+        patches_gTD = self.patches_BTD[group]
+        units_gTD = torch.empty_like(patches_gTD)
+        lengths_gT = torch.empty(patches_gTD.shape[:2], dtype=torch.float32, device=patches_gTD.device)
+        mask_gT = None if self.mask_BT is None else self.mask_BT[group]
+        self.along(_unit, units_gTD, patches_gTD, mask_gT, units_gTD, lengths_gT, MASKED=mask_gT is not None)
         scores_gTN = product(units_gTD.flatten(0, 1), self.texts_ND.t()).view(*units_gTD.shape[:2], -1)
-        tables = _Tables(
-            units_gTD, lengths_gT1, bias_gT, scores_gTN, torch.empty_like(scores_gTN, dtype=units_gTD.dtype)
-        )
-        self.sweep(_attend, tables, scores_gTN, bias_gT, self.scale, tables.attention_gTN, phi_gN)
+        attention_gTN = torch.empty_like(scores_gTN, dtype=units_gTD.dtype)
+        tables = _Tables(units_gTD, lengths_gT, mask_gT, scores_gTN, attention_gTN)
+        self.sweep(
+            _attend, tables, scores_gTN, mask_gT, self.scale, attention_gTN, phi_gN, MASKED=mask_gT is not None
+        )  # fmt: skip
         return tables
 
     def slopes(
-        self, tables: _Tables, up_gN: Tensor, phi_gN: Tensor, inverse_gN: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Gradients of the scores, weights of the outer product (with normalised pooling), gradient of the scale."""
+        self, tables: _Tables, up_gN: Tensor, phi_gN: Tensor, inverse_gN: Tensor | None, turned: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the scores, and weights of the outer product (with normalised pooling).
+
+        The gradient of the scale goes to ``turned``, in parts: (g, blocks of texts).
+        """
         cosine = self.pooling == "cosine"
         mixed_gTN = tables.mixed() if cosine else torch.empty_like(tables.attention_gTN)
         weights_gTN = torch.empty_like(tables.attention_gTN) if cosine else None
-        partial = torch.empty(len(up_gN), self.blocks, dtype=torch.float32, device=up_gN.device)
         self.sweep(
             _slopes, tables, tables.scores_gTN, self.scale, tables.attention_gTN, mixed_gTN, mixed_gTN, weights_gTN,
-            partial, up_gN, phi_gN, inverse_gN, end=(1 / POOLED_FLOOR,), COSINE=cosine,
+            turned, up_gN, phi_gN, inverse_gN, end=(1 / POOLED_FLOOR,), COSINE=cosine,
         )  # fmt: skip
-        return mixed_gTN, weights_gTN, partial.sum()
+        return mixed_gTN, weights_gTN
+
+    def through_length(self, tables: _Tables, direct_gTD: Tensor, pull_gTD: Tensor | None, grads_gTD: Tensor) -> None:
+        """Write the gradients of patches, given those of their units."""
+        self.along(
+            _through_length, tables.units_gTD, direct_gTD, pull_gTD, tables.units_gTD, tables.lengths_gT,
+            tables.mask_gT, grads_gTD, MASKED=tables.mask_gT is not None, COSINE=pull_gTD is not None,
+        )  # fmt: skip
 
     def sweep(
         self, kernel: Any, tables: _Tables, *arguments: Any, end: tuple[float, ...] = (), **constants: bool
@@ -271,3 +345,10 @@ class _Problem:
         """Launch ``kernel`` on tables. Pointers that it does not use for this pooling may be ``None``."""
         g, T, _ = tables.units_gTD.shape
         kernel[(self.blocks, g)](*arguments, T, len(self.texts_ND), *end, **constants, **self.launch.options())
+
+    def along(self, kernel: Any, rows_gTD: Tensor, *arguments: Any, **constants: bool) -> None:
+        """Launch ``kernel`` on rows of D numbers."""
+        g, T, D = rows_gTD.shape
+        width = min(WIDTH, triton.next_power_of_2(D))
+        grid = (triton.cdiv(g * T, ROWS),)
+        kernel[grid](*arguments, g * T, D, VECTOR_FLOOR, ROWS=ROWS, WIDTH=width, num_warps=ROW_WARPS, **constants)
