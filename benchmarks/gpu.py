@@ -93,7 +93,7 @@ def make(size: dict[str, int], dtype: torch.dtype, device: torch.device) -> tupl
 
 
 def timed(call: Callable[[], Any], device: torch.device, seconds: float = 1.0) -> dict[str, float]:
-    """Median seconds of a call, and the most memory that it needed beyond what was there."""
+    """Median seconds of a call, those that the GPU worked, and the most memory needed beyond what was there."""
     call()
     if device.type == "cpu":
         started = time.perf_counter()
@@ -114,7 +114,16 @@ def timed(call: Callable[[], Any], device: torch.device, seconds: float = 1.0) -
         last.record()
         last.synchronize()
         times.append(first.elapsed_time(last) / 1e3)
-    return {"seconds": median(times), "extra_mib": extra / MEBIBYTE}
+    return {"seconds": median(times), "busy_seconds": busy(call), "extra_mib": extra / MEBIBYTE}
+
+
+def busy(call: Callable[[], Any], calls: int = 5) -> float:
+    """Seconds of a call in which the GPU works: what remains of it where launches are hidden behind other work."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profiler.key_averages()) / calls / 1e6
 
 
 def products(patches: Tensor, texts: Tensor) -> Callable[[], None]:

@@ -220,7 +220,7 @@ def compile_kernel(kernels: Any, sweep: str, capability: int, T: int, dtype: str
     tables = ("attention", "mixed", "slopes", "weights", "patches", "units", "grads")
     signature = {
         name: "constexpr" if name in constants
-        else "i32" if name in ("T", "N", "D", "rows")
+        else "i32" if name in ("T", "P", "N", "D", "rows")
         else "fp32" if name in ("floor", "floor_square", "most_inverse")
         else "*u8" if name == "mask"
         else f"*{dtype}" if name in tables
@@ -228,7 +228,7 @@ def compile_kernel(kernels: Any, sweep: str, capability: int, T: int, dtype: str
         for name in kernel.arg_names
     }  # fmt: skip
     # What the run time would find out of the arguments: aligned pointers, sizes divisible by 16.
-    aligned = [n.startswith("*") or k in ("N", "D") or (k == "T" and T % 16 == 0) for k, n in signature.items()]
+    aligned = [n.startswith("*") or k in ("N", "D") or (k in ("T", "P") and T % 16 == 0) for k, n in signature.items()]
     attributes = {(i,): [["tt.divisibility", 16]] for i, yes in enumerate(aligned) if yes}
     source = ASTSource(kernel, signature, constants, attributes)
     result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})

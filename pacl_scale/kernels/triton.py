@@ -1,9 +1,10 @@
 """The similarity on CUDA (sm_80 and later): the library's matrix products, and three fused sweeps between them.
 
-Legend: B images, T patches an image, N texts, D width; g images make a launch.
+Legend: B images, T patches an image, N texts, D width; g images make a launch, and P is T filled up with patches of
+zeros until rows of P numbers are aligned to 16 bytes, without which the library's products take a slower way.
 
-Scores, attention and ``h = G e`` of g images are tables of g x T x N numbers in a workspace of bounded size; each sweep
-reads and writes a table once, with all T patches of a few texts in one program, and leaves what concerns a pair behind
+Scores, attention and ``h = G e`` of g images are tables of g x P x N numbers in a workspace of bounded size; each sweep
+reads and writes a table once, with all patches of a few texts in one program, and leaves what concerns a pair behind
 as one number. Products have the patches' type with float32 sums; scores stay float32. No atomic is used, so results are
 the same every time. ``README.md`` beside this file derives the equations.
 """
@@ -24,16 +25,14 @@ HIDDEN = tl.constexpr(passes.HIDDEN)
 MAX_PATCHES = 4096
 """More patches than this do not fit into the registers of one program."""
 
-TILE_NUMBERS = 4096
-"""Of a program: all patches by a few texts; twice as many for many patches, lest too few texts lie side by side."""
-
-THREAD_NUMBERS = 16
-"""Of a tile that a thread holds; twice as many spill registers."""
+TILE_NUMBERS, THREAD_NUMBERS = 8192, 32
+"""Of a program: all patches by a few texts; twice as many for many patches, lest too few texts lie side by side. And
+what a thread holds of them. Chosen by measuring (``docs/similarity.md``)."""
 
 TILE_TEXTS = 128
 """Texts of a tile, at most."""
 
-ROWS, WIDTH, ROW_WARPS = 8, 512, 8
+ROWS, WIDTH, ROW_WARPS = 2, 512, 4
 """Of a program that goes along patches: how many, numbers of each that it looks at together, and warps."""
 
 WORKSPACE_BYTES = 1 << 29
@@ -63,41 +62,43 @@ def pool(patches_BTD: Tensor, texts_ND: Tensor, scale: Tensor, pooling: str, mas
 
 @triton.jit
 def _unit(
-    patches, mask, units, lengths, rows, D, floor,
+    patches, mask, units, lengths, rows, T, P, D, floor,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Patches brought to length 1, and the lengths they had; both are 0 for patches that do not count."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there, d = row < rows, tl.arange(0, WIDTH)
-    counts = there
+    source = row // P * T + row % P
+    counts = there & (row % P < T)
     if MASKED:
         # A patch that does not count may hold anything, nan included: it is not even read.
-        counts = there & (tl.load(mask + row, mask=there, other=0) != 0)
+        counts = counts & (tl.load(mask + source, mask=counts, other=0) != 0)
     square = tl.zeros([ROWS], tl.float32)
     for start in range(0, D, WIDTH):
         inside = counts[:, None] & (start + d < D)[None, :]
-        x = tl.load(patches + row[:, None] * D + (start + d)[None, :], mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(patches + source[:, None] * D + (start + d)[None, :], mask=inside, other=0.0).to(tl.float32)
         square += tl.sum(x * x, 1)
     length = tl.sqrt_rn(square)
     tl.store(lengths + row, length, mask=there)
     over = 1 / tl.maximum(length, floor)
     for start in range(0, D, WIDTH):
-        place, inside = row[:, None] * D + (start + d)[None, :], (start + d < D)[None, :]
+        place, inside = source[:, None] * D + (start + d)[None, :], (start + d < D)[None, :]
         x = tl.load(patches + place, mask=counts[:, None] & inside, other=0.0).to(tl.float32)
+        place = row[:, None] * D + (start + d)[None, :]
         tl.store(units + place, (x * over[:, None]).to(units.dtype.element_ty), mask=there[:, None] & inside)
 
 
 @triton.jit
 def _through_length(
-    direct, pull, units, lengths, mask, grads, rows, D, floor,
+    direct, pull, units, lengths, mask, grads, rows, T, P, D, floor,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr, COSINE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of patches from those of their units, ``direct - pull``: what lies along the patch does not count."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    there, d = row < rows, tl.arange(0, WIDTH)
+    d, there, target = tl.arange(0, WIDTH), (row < rows) & (row % P < T), row // P * T + row % P
     counts = there
     if MASKED:
-        counts = there & (tl.load(mask + row, mask=there, other=0) != 0)
+        counts = there & (tl.load(mask + target, mask=there, other=0) != 0)
     along = tl.zeros([ROWS], tl.float32)
     for start in range(0, D, WIDTH):
         place = row[:, None] * D + (start + d)[None, :]
@@ -118,18 +119,19 @@ def _through_length(
             grad -= tl.load(pull + place, mask=inside, other=0.0)
         unit = tl.load(units + place, mask=inside, other=0.0).to(tl.float32)
         result = (grad - unit * along[:, None]) * over[:, None]
+        place = target[:, None] * D + (start + d)[None, :]
         tl.store(grads + place, result.to(grads.dtype.element_ty), mask=there[:, None] & within)
 
 
 @triton.jit
 def _attend(
-    scores, mask, scale, attention, phi, T, N,
+    scores, mask, scale, attention, phi, T, P, N,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Attention of one image to a block of texts, and a . s of each. Program axes: blocks of texts, images."""
     image = tl.program_id(1).to(tl.int64)
     t, n = tl.arange(0, BLOCK_T), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    place, inside = (image * T + t[:, None]) * N + n[None, :], (t[:, None] < T) & (n[None, :] < N)
+    place, inside = (image * P + t[:, None]) * N + n[None, :], (t[:, None] < T) & (n[None, :] < N)
     s = tl.load(scores + place, mask=inside, other=0.0)
     counts = t < T
     if MASKED:
@@ -138,16 +140,17 @@ def _attend(
     e = tl.exp(logits - tl.max(logits, 0)[None, :])
     # Rounded once: every later sum has the same attention, as which phi and its gradient is exact.
     a = (e / tl.sum(e, 0)[None, :]).to(attention.dtype.element_ty)
-    tl.store(attention + place, a, mask=inside)
+    # Zeros for patches that fill up.
+    tl.store(attention + place, a, mask=(t[:, None] < P) & (n[None, :] < N))
     tl.store(phi + image * N + n, tl.sum(a.to(tl.float32) * s, 0), mask=n < N)
 
 
 @triton.jit
-def _normalise(attention, mixed, phi, inverse, T, N, floor_square, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
+def _normalise(attention, mixed, phi, inverse, T, P, N, floor_square, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
     """From h: r, and phi = (a . s) r in place. Program axes as above."""
     image = tl.program_id(1).to(tl.int64)
     t, n = tl.arange(0, BLOCK_T), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    place, inside = (image * T + t[:, None]) * N + n[None, :], (t[:, None] < T) & (n[None, :] < N)
+    place, inside = (image * P + t[:, None]) * N + n[None, :], (t[:, None] < T) & (n[None, :] < N)
     a = tl.load(attention + place, mask=inside, other=0.0).to(tl.float32)
     h = tl.load(mixed + place, mask=inside, other=0.0).to(tl.float32)
     r = tl.rsqrt(tl.maximum(tl.sum(a * h, 0), floor_square))
@@ -158,14 +161,15 @@ def _normalise(attention, mixed, phi, inverse, T, N, floor_square, BLOCK_T: tl.c
 
 @triton.jit
 def _slopes(
-    scores, scale, attention, mixed, slopes, weights, grad_scale, up, phi, inverse, T, N, most_inverse,
+    scores, scale, attention, mixed, slopes, weights, grad_scale, up, phi, inverse, T, P, N, most_inverse,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, COSINE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the scores (``slopes`` may be ``mixed``), and weights of the outer product of attentions."""
     image = tl.program_id(1).to(tl.int64)
     t, n = tl.arange(0, BLOCK_T), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    place, inside = (image * T + t[:, None]) * N + n[None, :], (t[:, None] < T) & (n[None, :] < N)
+    place, inside = (image * P + t[:, None]) * N + n[None, :], (t[:, None] < T) & (n[None, :] < N)
     at, there = image * N + n, n < N
+    filled = (t[:, None] < P) & there[None, :]
     s = tl.load(scores + place, mask=inside, other=0.0)
     a = tl.load(attention + place, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(up + at, mask=there, other=0.0)
@@ -176,7 +180,7 @@ def _slopes(
         pull = tl.where(r >= most_inverse, 0.0, value * r * r)
         offset = tl.where(r >= most_inverse, value, 0.0)
         h = tl.load(mixed + place, mask=inside, other=0.0).to(tl.float32)
-        tl.store(weights + place, (a * (g * pull)[None, :]).to(weights.dtype.element_ty), mask=inside)
+        tl.store(weights + place, (a * (g * pull)[None, :]).to(weights.dtype.element_ty), mask=filled)
         slope = a * (s * r[None, :] - h * pull[None, :] - offset[None, :])
         direct = g * r
     else:
@@ -186,12 +190,12 @@ def _slopes(
     k = tl.load(scale)
     tl.store(grad_scale + image * tl.num_programs(0) + tl.program_id(0), turned)
     grad = slope * (g * k)[None, :] + a * direct[None, :]
-    tl.store(slopes + place, grad.to(slopes.dtype.element_ty), mask=inside)
+    tl.store(slopes + place, grad.to(slopes.dtype.element_ty), mask=filled)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How a table is cut into programs, such that nothing spills from registers (``docs/similarity.md``)."""
+    """How a table is cut into programs."""
 
     block_t: int
     block_n: int
@@ -223,9 +227,9 @@ class _Pool(torch.autograd.Function):
             tables = problem.tables(group, phi_BN[group])
             if inverse_BN is not None:
                 saved = phi_BN[group], inverse_BN[group]
-                problem.sweep(_normalise, tables, tables.attention_gTN, tables.mixed(), *saved, end=(POOLED_FLOOR**2,))
-        ctx.save_for_backward(patches_BTD, problem.texts_ND, scale, mask_BT, phi_BN, inverse_BN)
-        ctx.pooling = pooling
+                problem.sweep(_normalise, tables, tables.attention_gPN, tables.mixed(), *saved, end=(POOLED_FLOOR**2,))
+        ctx.save_for_backward(patches_BTD, problem.texts_ND, problem.scale, mask_BT, phi_BN, inverse_BN)
+        ctx.pooling, ctx.scale_device = pooling, scale.device
         return phi_BN
 
     @staticmethod
@@ -242,18 +246,18 @@ class _Pool(torch.autograd.Function):
         for group in problem.groups(backward=True):
             tables = problem.tables(group, torch.empty_like(phi_BN[group]))
             inverse = None if inverse_BN is None else inverse_BN[group]
-            slopes_gTN, weights_gTN = problem.slopes(tables, up_BN[group], phi_BN[group], inverse, turned[group])
+            slopes_gPN, weights_gPN = problem.slopes(tables, up_BN[group], phi_BN[group], inverse, turned[group])
             if grad_patches is not None:
-                direct_gTD = product(slopes_gTN.flatten(0, 1), texts_ND).view_as(tables.units_gTD)
-                pull_gTD = None
-                if weights_gTN is not None:
-                    outer_gTT = torch.bmm(weights_gTN, tables.attention_gTN.transpose(1, 2))
-                    pull_gTD = product(outer_gTT, tables.units_gTD)
-                problem.through_length(tables, direct_gTD, pull_gTD, grad_patches[group])
+                direct_gPD = product(slopes_gPN.flatten(0, 1), texts_ND).view_as(tables.units_gPD)
+                pull_gPD = None
+                if weights_gPN is not None:
+                    outer_gPP = torch.bmm(weights_gPN, tables.attention_gPN.transpose(1, 2))
+                    pull_gPD = product(outer_gPP, tables.units_gPD)
+                problem.through_length(tables, direct_gPD, pull_gPD, grad_patches[group])
             if needs_texts:
-                grad = product(slopes_gTN.flatten(0, 1).t(), tables.units_gTD.flatten(0, 1))
+                grad = product(slopes_gPN.flatten(0, 1).t(), tables.units_gPD.flatten(0, 1))
                 grad_texts = grad if grad_texts is None else grad_texts.add_(grad)
-        return grad_patches, grad_texts, turned.sum().to(scale.device) if needs_scale else None, None, None
+        return grad_patches, grad_texts, turned.sum().to(ctx.scale_device) if needs_scale else None, None, None
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -269,15 +273,15 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 class _Tables:
     """A launch's images, and the tables of scores and attention."""
 
-    units_gTD: Tensor
-    lengths_gT: Tensor
+    units_gPD: Tensor
+    lengths_gP: Tensor
     mask_gT: Tensor | None
-    scores_gTN: Tensor
-    attention_gTN: Tensor
+    scores_gPN: Tensor
+    attention_gPN: Tensor
 
     def mixed(self) -> Tensor:
-        """h = G a, (g, T, N)."""
-        return torch.bmm(torch.bmm(self.units_gTD, self.units_gTD.transpose(1, 2)), self.attention_gTN)
+        """h = G a, (g, P, N)."""
+        return torch.bmm(torch.bmm(self.units_gPD, self.units_gPD.transpose(1, 2)), self.attention_gPN)
 
 
 class _Problem:
@@ -291,28 +295,31 @@ class _Problem:
         self.texts_ND = texts_ND.to(patches_BTD.dtype).contiguous()
         # Read by the kernels, not by Python: reading it would wait for the GPU.
         self.scale = scale.detach().to(patches_BTD.device, torch.float32)
-        self.launch = Launch.of(patches_BTD.shape[1])
+        self.patches = patches_BTD.shape[1]
+        aligned = 16 // patches_BTD.element_size()
+        self.filled = triton.cdiv(self.patches, aligned) * aligned
+        self.launch = Launch.of(self.patches)
         self.blocks = triton.cdiv(len(texts_ND), self.launch.block_n)
 
     def groups(self, backward: bool) -> list[slice]:
         """Images of each launch: scores, attention and h, in backward also weights, fit into the workspace."""
-        B, T, _ = self.patches_BTD.shape
+        B = len(self.patches_BTD)
         numbers = 4 + (3 if backward else 2) * self.patches_BTD.element_size()
-        step = max(1, min(B, WORKSPACE_BYTES // (numbers * T * len(self.texts_ND))))
+        step = max(1, min(B, WORKSPACE_BYTES // (numbers * self.filled * len(self.texts_ND))))
         return [slice(start, min(B, start + step)) for start in range(0, B, step)]
 
     def tables(self, group: slice, phi_gN: Tensor) -> _Tables:
         """Scores and attention of some images; a . s goes to ``phi_gN``."""
         patches_gTD = self.patches_BTD[group]
-        units_gTD = torch.empty_like(patches_gTD)
-        lengths_gT = torch.empty(patches_gTD.shape[:2], dtype=torch.float32, device=patches_gTD.device)
+        units_gPD = patches_gTD.new_empty(len(patches_gTD), self.filled, patches_gTD.shape[2])
+        lengths_gP = units_gPD.new_empty(units_gPD.shape[:2], dtype=torch.float32)
         mask_gT = None if self.mask_BT is None else self.mask_BT[group]
-        self.along(_unit, units_gTD, patches_gTD, mask_gT, units_gTD, lengths_gT, MASKED=mask_gT is not None)
-        scores_gTN = product(units_gTD.flatten(0, 1), self.texts_ND.t()).view(*units_gTD.shape[:2], -1)
-        attention_gTN = torch.empty_like(scores_gTN, dtype=units_gTD.dtype)
-        tables = _Tables(units_gTD, lengths_gT, mask_gT, scores_gTN, attention_gTN)
+        self.along(_unit, units_gPD, patches_gTD, mask_gT, units_gPD, lengths_gP, MASKED=mask_gT is not None)
+        scores_gPN = product(units_gPD.flatten(0, 1), self.texts_ND.t()).view(*units_gPD.shape[:2], -1)
+        attention_gPN = torch.empty_like(scores_gPN, dtype=units_gPD.dtype)
+        tables = _Tables(units_gPD, lengths_gP, mask_gT, scores_gPN, attention_gPN)
         self.sweep(
-            _attend, tables, scores_gTN, mask_gT, self.scale, attention_gTN, phi_gN, MASKED=mask_gT is not None
+            _attend, tables, scores_gPN, mask_gT, self.scale, attention_gPN, phi_gN, MASKED=mask_gT is not None
         )  # fmt: skip
         return tables
 
@@ -324,31 +331,33 @@ class _Problem:
         The gradient of the scale goes to ``turned``, in parts: (g, blocks of texts).
         """
         cosine = self.pooling == "cosine"
-        mixed_gTN = tables.mixed() if cosine else torch.empty_like(tables.attention_gTN)
-        weights_gTN = torch.empty_like(tables.attention_gTN) if cosine else None
+        mixed_gPN = tables.mixed() if cosine else torch.empty_like(tables.attention_gPN)
+        weights_gPN = torch.empty_like(tables.attention_gPN) if cosine else None
         self.sweep(
-            _slopes, tables, tables.scores_gTN, self.scale, tables.attention_gTN, mixed_gTN, mixed_gTN, weights_gTN,
+            _slopes, tables, tables.scores_gPN, self.scale, tables.attention_gPN, mixed_gPN, mixed_gPN, weights_gPN,
             turned, up_gN, phi_gN, inverse_gN, end=(1 / POOLED_FLOOR,), COSINE=cosine,
         )  # fmt: skip
-        return mixed_gTN, weights_gTN
+        return mixed_gPN, weights_gPN
 
-    def through_length(self, tables: _Tables, direct_gTD: Tensor, pull_gTD: Tensor | None, grads_gTD: Tensor) -> None:
+    def through_length(self, tables: _Tables, direct_gPD: Tensor, pull_gPD: Tensor | None, grads_gTD: Tensor) -> None:
         """Write the gradients of patches, given those of their units."""
         self.along(
-            _through_length, tables.units_gTD, direct_gTD, pull_gTD, tables.units_gTD, tables.lengths_gT,
-            tables.mask_gT, grads_gTD, MASKED=tables.mask_gT is not None, COSINE=pull_gTD is not None,
+            _through_length, tables.units_gPD, direct_gPD, pull_gPD, tables.units_gPD, tables.lengths_gP,
+            tables.mask_gT, grads_gTD, MASKED=tables.mask_gT is not None, COSINE=pull_gPD is not None,
         )  # fmt: skip
 
     def sweep(
         self, kernel: Any, tables: _Tables, *arguments: Any, end: tuple[float, ...] = (), **constants: bool
     ) -> None:
         """Launch ``kernel`` on tables. Pointers that it does not use for this pooling may be ``None``."""
-        g, T, _ = tables.units_gTD.shape
-        kernel[(self.blocks, g)](*arguments, T, len(self.texts_ND), *end, **constants, **self.launch.options())
+        sizes = self.patches, self.filled, len(self.texts_ND)
+        kernel[(self.blocks, len(tables.units_gPD))](*arguments, *sizes, *end, **constants, **self.launch.options())
 
-    def along(self, kernel: Any, rows_gTD: Tensor, *arguments: Any, **constants: bool) -> None:
+    def along(self, kernel: Any, rows_gPD: Tensor, *arguments: Any, **constants: bool) -> None:
         """Launch ``kernel`` on rows of D numbers."""
-        g, T, D = rows_gTD.shape
+        g, P, D = rows_gPD.shape
         width = min(WIDTH, triton.next_power_of_2(D))
-        grid = (triton.cdiv(g * T, ROWS),)
-        kernel[grid](*arguments, g * T, D, VECTOR_FLOOR, ROWS=ROWS, WIDTH=width, num_warps=ROW_WARPS, **constants)
+        sizes = g * P, self.patches, P, D
+        kernel[(triton.cdiv(g * P, ROWS),)](
+            *arguments, *sizes, VECTOR_FLOOR, ROWS=ROWS, WIDTH=width, num_warps=ROW_WARPS, **constants
+        )  # fmt: skip
