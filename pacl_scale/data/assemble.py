@@ -83,16 +83,16 @@ class PendingBatch:
             raise UserError(f"not one of the {len(self._rows)} samples of a batch can be used: {listed(skipped)}")
         take = good if self._stream.ordered else _with_neighbours(len(self._rows), good)
         rows = [content for row in take if isinstance(content := self._rows[row], _Row)]
-        whole = not skipped
+        select = _shorten if self._stream.ordered else _fill
         ids = [row.texts.ids() for row in rows]
         widest = max(map(len, ids), default=1)
         return PairBatch(
-            images=_select(self._images, take, whole),
-            patches=_select(self._patches, take, whole),
-            patch_ids=_select(self._patch_ids, take, whole),
+            images=select(self._images, take),
+            patches=select(self._patches, take),
+            patch_ids=select(self._patch_ids, take),
             grid=self._stream.features.grid if self._stream.features else None,
             texts=[row.text for row in rows],
-            text_vectors=_select(self._vectors, take, whole),
+            text_vectors=select(self._vectors, take),
             text_ids=torch.tensor([row.text_id for row in rows], dtype=torch.int64),
             image_text_ids=torch.tensor([i + [-1] * (widest - len(i)) for i in ids], dtype=torch.int64),
             keys=[row.key for row in rows],
@@ -186,8 +186,18 @@ def _with_neighbours(count: int, good: list[int]) -> list[int]:
     return [good[place] for place in places]
 
 
-def _select(tensor: Tensor | None, rows: list[int], whole: bool) -> Tensor | None:
-    if tensor is None or whole:
+def _fill(tensor: Tensor | None, rows: list[int]) -> Tensor | None:
+    """``tensor[rows]`` in place, where good rows are at their own place."""
+    for row, source in enumerate(rows if tensor is not None else ()):
+        if row != source:
+            assert tensor is not None
+            tensor[row] = tensor[source]
+    return tensor
+
+
+def _shorten(tensor: Tensor | None, rows: list[int]) -> Tensor | None:
+    """``tensor[rows]``, fewer rows in the same order."""
+    if tensor is None or len(rows) == len(tensor):
         return tensor
     chosen = tensor[torch.tensor(rows, dtype=torch.int64)]
     return chosen.pin_memory() if tensor.is_pinned() else chosen

@@ -6,10 +6,19 @@ faults cost as much as decoding; so a stream keeps the memory of batches that no
 
 import threading
 import weakref
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+class Memory(Protocol):
+    """Where a stream's batches lie."""
+
+    def empty(self, *shape: int) -> Tensor:
+        """A float32 tensor with any content."""
+        ...
 
 
 class Buffers:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SAMPLES_A_TASK = 8
 """Samples that a decode thread takes at a time: enough that handing them out costs nothing."""
 
+FORKED = "the stream was being iterated when this process was forked; iterate it anew"
 CLOSED = "the stream was closed or moved while it was iterated; iterate it anew"
 
 
@@ -47,7 +48,7 @@ class Run:
     def next(self) -> PairBatch | None:
         """The next batch; None after the last. Raises what went wrong in a thread, RuntimeError after the end."""
         if not self.is_of_this_process:
-            raise RuntimeError("the stream was being iterated when this process was forked; iterate it anew")
+            raise RuntimeError(FORKED)
         item = self._batches.get()
         if self._closing.is_set():
             raise RuntimeError(CLOSED)

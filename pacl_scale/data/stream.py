@@ -16,13 +16,14 @@ import torch
 from pacl_scale import storage
 from pacl_scale.data.assemble import listed
 from pacl_scale.data.batch import PairBatch
-from pacl_scale.data.buffers import Buffers
+from pacl_scale.data.buffers import Buffers, Memory
 from pacl_scale.data.captions import TextConfig
 from pacl_scale.data.decode import PictureConfig, resizer
 from pacl_scale.data.disk_cache import DiskCache
 from pacl_scale.data.features import FeatureFormat
 from pacl_scale.data.index import SampleIndex
 from pacl_scale.data.order import EndlessOrder, Mixture
+from pacl_scale.data.own_process import OwnProcessRun
 from pacl_scale.data.ranges import ShardReader
 from pacl_scale.data.reader import ReadConfig
 from pacl_scale.data.run import Run
@@ -66,6 +67,10 @@ class DataConfig:
 
     prefetch_batches: int = 2
     """Finished batches that wait for the training step."""
+
+    own_process: bool | None = None
+    """Load in a process of its own, one a rank, and not in the rank's threads, which hold up its launching of GPU work.
+    None: where the rank computes on a GPU. Evaluation and `cache` always load in threads."""
 
     max_skip_share: float = 0.05
     """Share of this rank's samples that may be unusable (no picture, damaged, no caption) before the run stops."""
@@ -133,9 +138,9 @@ class PairStream:
         self.preprocess: Preprocess | None = None
         self.undecoded = False
         """Whether batches hold pictures as they lie in the tars, instead of pixels."""
-        self.buffers = Buffers(pin=world.device.type == "cuda")
+        self.buffers: Memory = Buffers(pin=world.device.type == "cuda")
         self._mixture = self._mix(position, None)
-        self._running: Run | None = None
+        self._running: Run | OwnProcessRun | None = None
         self._readers: tuple[int, list[ShardReader]] = (0, [])
         """Those of the iteration before, and the process that they belong to."""
         self._check()
@@ -164,10 +169,13 @@ class PairStream:
     def state_after(self, batch: PairBatch) -> dict[str, Any]:
         """Where the stream is when ``batch`` is done, as plain JSON: give it to :meth:`load_state` of a stream with
         any number of ranks, threads, or samples a batch."""
-        own = self._mixture.own_positions(batch.position_after).tolist()
+        return self._state_at(batch.position_after)
+
+    def _state_at(self, position: int) -> dict[str, Any]:
+        own = self._mixture.own_positions(position).tolist()
         return {
             "seed": self.seed,
-            "position": batch.position_after,
+            "position": position,
             "own_positions": dict(zip(self.config.weights, own, strict=True)),
             "indexes": {name: i.identity for name, i in zip(self.config.weights, self.indexes, strict=True)},
             "chunk_samples": self.config.read.chunk_samples,
@@ -206,12 +214,21 @@ class PairStream:
         use the same connections to the store.
         """
         self.close()
-        run = self._running = Run(self, self._mixture, self._open_readers(), start, stop)
+        run = self._running = self.begin(start, stop)
         while (batch := run.next()) is not None:
             self.position = batch.position_after
             self._count(batch)
             yield batch
         self.close()
+
+    def begin(self, start: int, stop: int | None) -> Run | OwnProcessRun:
+        """What makes the batches of :meth:`span`; whoever calls this closes it."""
+        own_process = self.config.own_process
+        if own_process is None:
+            own_process = self.world.device.type == "cuda"
+        if own_process and not self.ordered:
+            return OwnProcessRun(self, self._state_at(start), start, stop)
+        return Run(self, self._mixture, self._open_readers(), start, stop)
 
     def __enter__(self) -> "PairStream":
         return self
