@@ -133,6 +133,8 @@ def run(argv: Sequence[str] | None) -> int:
         if wrong:
             raise UserError(f"{wrong} of {len(sentences)} data sets cannot be used as they are; see above")
         return 0
+    if settings.parts > 1:
+        log.get_logger(__name__).info(f"counts part {settings.part} of {settings.parts}")
     rows = evaluate(settings)
     print(table(rows) if rows else f"part {settings.part} of {settings.parts} is done; the last part writes the rows")
     return 0
