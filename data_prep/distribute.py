@@ -23,8 +23,6 @@ from data_prep.imports import light_img2dataset
 from data_prep.workers import ATTEMPTS, Outcome, die_with_parent, run_tasks
 from pacl_scale.errors import UserError
 
-DISTRIBUTORS = ("processes", "multiprocessing", "pyspark", "ray")
-
 MakeShard = Callable[[int], tuple[int, int, dict[str, int]]]
 """Makes a shard; returns its rows, its samples, and its failures by cause."""
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from pacl_scale import storage
 from pacl_scale.errors import RunFailed, UserError
 from pacl_scale.log import get_logger
+from pacl_scale.run_folder import checkpoints_of
 from pacl_scale.storage import StoreUnavailable
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -83,7 +84,7 @@ def save(
     Returns:
         The URL of the checkpoint.
     """
-    target = storage.join(folder, f"{step:08d}")
+    target = path_of(folder, step)
     moments = {f"{part}/{name}": t for part in state if part != "master" for name, t in state[part].items()}
     contents = {MODEL: save_safetensors(state["master"]), OPTIMIZER: save_safetensors(moments)}
     _write(target, contents, {"step": step, **info})
@@ -91,7 +92,7 @@ def save(
     for old in [one for one in steps_in(folder) if one <= step][:-keep_last]:
         if old == best or (keep_every and old % keep_every == 0):
             continue
-        storage.remove(storage.join(folder, f"{old:08d}"))
+        storage.remove(path_of(folder, old))
     return target
 
 
@@ -196,6 +197,11 @@ def steps_in(folder: str) -> list[int]:
         return sorted(int(n) for n in names if n.isdecimal() and files.exists(f"{path}/{n}/{STATE}"))
 
 
+def path_of(folder: str, step: int) -> str:
+    """URL of the checkpoint of ``step`` in ``folder``."""
+    return storage.join(folder, f"{step:08d}")
+
+
 def newest(folder: str) -> str | None:
     """URL of the newest checkpoint in ``folder`` that is whole; damaged ones are named and passed over.
 
@@ -207,7 +213,7 @@ def newest(folder: str) -> str | None:
     """
     steps, why = steps_in(folder), ""
     for step in reversed(steps):
-        candidate = storage.join(folder, f"{step:08d}")
+        candidate = path_of(folder, step)
         try:
             info = read_state(candidate)
             for name in (MODEL, OPTIMIZER):
@@ -234,7 +240,7 @@ def resolve(path: str) -> str:
     """
     if storage.exists(storage.join(path, STATE)):
         return path
-    found = newest(storage.join(path, "checkpoints")) or newest(path)
+    found = newest(checkpoints_of(path)) or newest(path)
     if found is None:
         raise UserError(f"{path} holds no checkpoint; train first, or name a run or a checkpoint folder")
     return found

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
-import yaml
 
 from pacl_scale.controller import state_of
 from pacl_scale.errors import UserError
+from pacl_scale.run_folder import checkpoints_of, settings_of
 
 FOLDER = "jobs"
 LOCAL = "local:"
@@ -109,13 +109,8 @@ def held_here(run: Path) -> Iterator[None]:
 
 def newest_step(run: Path) -> int:
     """Step of the newest checkpoint of a run; 0 without one."""
-    try:
-        settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        settings = None
-    # A full disk may have emptied the file; training says so.
-    known = settings.get("checkpoint") or {} if isinstance(settings, dict) else {}
-    folder = known.get("folder") or str(run / "checkpoints")
+    settings = settings_of(str(run))
+    folder = checkpoints_of(str(run), settings)
     if not settings and not os.path.isdir(folder):
         return 0
     from pacl_scale import checkpoint

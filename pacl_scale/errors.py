@@ -33,6 +33,11 @@ class RunFailed(Exception):
     """A run ended before its end, and not by a mistake in its settings. The message is one sentence."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message without its full stop, to be quoted; its kind where it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 def end_quietly_when_interrupted() -> None:
     """Let Ctrl-C end in a sentence from now on, also while a command's libraries are still being imported."""
 

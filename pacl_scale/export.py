@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pacl_scale import checkpoint, config, log, storage
-from pacl_scale.errors import UserError, run_command
+from pacl_scale.errors import UserError, first_line, run_command
 from pacl_scale.evaluate.command import columns
 from pacl_scale.evaluate.rows import read_rows
 from pacl_scale.pages import templates
@@ -144,8 +144,9 @@ def push(folder: str, repository: str) -> None:
         api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder} was written, but could not be uploaded to {repository}: {reason}") from error
+        raise UserError(
+            f"{folder} was written, but could not be uploaded to {repository}: {first_line(error)}"
+        ) from error
 
 
 def _figures(paths: Sequence[str]) -> list[dict[str, Any]]:

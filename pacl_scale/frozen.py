@@ -8,6 +8,7 @@ from pacl_scale.data.stream import PairStream
 from pacl_scale.distributed import World
 from pacl_scale.encoders import TextEncoder, VisionEncoder, build_text, build_vision
 from pacl_scale.encoders.tail import VisionTail
+from pacl_scale.encoders.vision import VisionConfig
 from pacl_scale.encoders.vit import FrozenViT
 from pacl_scale.errors import UserError
 from pacl_scale.plan.work import Shapes, Tower, step_flops, vision_tail, vision_tower
@@ -39,7 +40,8 @@ class Frozen:
 
 
 def frozen_towers(settings: "TrainConfig", stream: PairStream, world: World) -> Frozen:
-    """Build what the stream does not deliver. Collective where towers are sharded.
+    """Build what the stream does not deliver, and tell it how a tower wants its pictures. Collective where towers are
+    sharded.
 
     Raises:
         UserError: a tower cannot be had, or is not the one whose vectors the data set holds.
@@ -54,6 +56,9 @@ def frozen_towers(settings: "TrainConfig", stream: PairStream, world: World) -> 
     if stream.features:
         if settings.unfreeze.vision_blocks:
             raise UserError("unfreeze.vision_blocks needs pictures, but the data set holds tokens of the whole tower")
+        if settings.vision != VisionConfig():
+            # Left alone, it is what the tokens say.
+            stream.features.check_encoder(settings.vision.named)
         width_in, tokens_of = stream.width, stream.features.vision
     else:
         shard = engine.shard_of_towers(settings.engine, world)

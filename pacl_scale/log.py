@@ -79,7 +79,7 @@ def progress(items: Iterable[Item], what: str, total: int | None = None, unit: s
             last = time.monotonic()
             rate = done / (last - started)
             eta = {"eta_s": round((total - done) / rate)} if total else {}
-            log.info(what, done=done, total=total, per_s=round(rate, 1), **eta)
+            log.info(what, done=done, total=total, per_s=float(f"{rate:.3g}"), **eta)
 
 
 class _Formatter(structlog.stdlib.ProcessorFormatter):

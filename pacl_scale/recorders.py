@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pacl_scale.distributed import World
-from pacl_scale.errors import UserError
+from pacl_scale.errors import UserError, first_line
 from pacl_scale.log import get_logger
 from pacl_scale.plan.gpus import gpu_of_device
 
@@ -108,8 +108,7 @@ def _wandb(config: RecordConfig, run: Path, settings: dict[str, Any]) -> Any:
             config=settings,
         )
     except wandb.errors.Error as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"record.wandb_project: Weights & Biases cannot be used ({first})") from error
+        raise UserError(f"record.wandb_project: Weights & Biases cannot be used ({first_line(error)})") from error
 
 
 def wandb_id(run: Path) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pacl_scale import checkpoint, config, health, log, metrics, storage
 from pacl_scale.distributed import World
 from pacl_scale.errors import UserError
+from pacl_scale.run_folder import checkpoints_of
 
 if TYPE_CHECKING:
     from pacl_scale.train import TrainConfig
@@ -73,7 +74,7 @@ def check_unchanged(settings: "TrainConfig") -> None:
     folder = checkpoint_folder(settings)
     for step in reversed(checkpoint.steps_in(folder)):
         try:
-            trained_with = checkpoint.read_state(storage.join(folder, f"{step:08d}"))["config"]
+            trained_with = checkpoint.read_state(checkpoint.path_of(folder, step))["config"]
         except UserError:
             # Training passes over what is damaged, and says so.
             continue
@@ -83,7 +84,7 @@ def check_unchanged(settings: "TrainConfig") -> None:
 
 def checkpoint_folder(settings: "TrainConfig") -> str:
     """Where this run's checkpoints lie."""
-    return settings.checkpoint.folder or f"{settings.run.rstrip('/')}/checkpoints"
+    return checkpoints_of(settings.run, {"checkpoint": {"folder": settings.checkpoint.folder}})
 
 
 def refuse_changes(old: dict[str, Any], new: dict[str, Any], run: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pacl_scale.data.stream import PairBatch
+from pacl_scale.data.batch import PairBatch
 from pacl_scale.encoders import TextEncoder, VisionEncoder
 from pacl_scale.encoders.vit import FrozenViT
 from pacl_scale.loss import GlobalTexts, PACLLoss

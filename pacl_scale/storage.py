@@ -16,7 +16,7 @@ import fsspec
 import tenacity
 from fsspec import AbstractFileSystem
 
-from pacl_scale.errors import RunFailed, UserError
+from pacl_scale.errors import RunFailed, UserError, first_line
 from pacl_scale.log import get_logger
 
 Result = TypeVar("Result")
@@ -63,22 +63,22 @@ def explained(url: str) -> Iterator[None]:
         yield
     except PermissionError as error:
         if is_local(url):
-            raise UserError(f"{url} cannot be used ({_first_line(error)}); choose a place of your own") from error
-        raise UserError(f"{url}: access was refused ({_first_line(error)}); check the access key and secret") from error
+            raise UserError(f"{url} cannot be used ({first_line(error)}); choose a place of your own") from error
+        raise UserError(f"{url}: access was refused ({first_line(error)}); check the access key and secret") from error
     except FileNotFoundError as error:
         if "bucket" in str(error).lower():
             raise UserError(f"{url}: the bucket does not exist; create it first") from error
         raise UserError(f"{url}: there is no such file") from error
     except (OSError, TimeoutError) as error:
         if getattr(error, "errno", None) in FULL:
-            raise UserError(f"{url} cannot be written ({_first_line(error)})") from error
-        raise StoreUnavailable(f"{url}: the store did not answer as it should ({_first_line(error)})") from error
+            raise UserError(f"{url} cannot be written ({first_line(error)})") from error
+        raise StoreUnavailable(f"{url}: the store did not answer as it should ({first_line(error)})") from error
     except Exception as error:
         # botocore's own errors (no credentials, endpoint not reachable) share no base class with OSError.
         if type(error).__module__.split(".")[0] not in ("botocore", "aiobotocore", "aiohttp"):
             raise
         failure = UserError if "Credential" in type(error).__name__ else StoreUnavailable
-        raise failure(f"{url}: the store cannot be used ({_first_line(error)})") from error
+        raise failure(f"{url}: the store cannot be used ({first_line(error)})") from error
 
 
 def patiently(function: Callable[..., Result], *arguments: Any) -> Result:
@@ -176,7 +176,3 @@ def check_writable(url: str) -> None:
     probe = join(url, f".write-check-{uuid.uuid4().hex[:8]}")
     write_bytes(probe, b"")
     remove(probe)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

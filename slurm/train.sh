@@ -20,7 +20,8 @@ run=${1:?the first word is the run directory}
 shift
 
 export PYTHONUNBUFFERED=1
-export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR
 
 # One living job per run directory.
 $python -m pacl_scale.job claim "$run" || exit

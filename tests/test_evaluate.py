@@ -373,7 +373,7 @@ def test_a_strip_that_would_fill_the_tower_is_refused(colours: Path, monkeypatch
 def test_pictures_without_a_mask_are_left_out_and_counted(colours: Path) -> None:
     (colours / "data" / "masks" / "0.png").unlink()
     data = open_annotated(AnnotatedConfig(str(colours / "data")))
-    assert len(data) == 4 and data.without_mask == 1 and data.name(0) == "1.png"
+    assert len(data) == 4 and data.record["without_mask"] == 1 and data.name(0) == "1.png"
 
 
 def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(

@@ -12,7 +12,7 @@ from pacl_scale.errors import UserError
 from pacl_scale.evaluate import labels as labels_module
 from pacl_scale.evaluate.classes import NOT_SCORED, ClassGroup, ClassList, read_class_list
 from pacl_scale.evaluate.counts import Confusion, per_class_table
-from pacl_scale.evaluate.labels import best_class, label_pixels
+from pacl_scale.evaluate.labels import label_pixels
 from pacl_scale.evaluate.protocol import Protocol, class_vectors
 from pacl_scale.evaluate.retrieval import recalls
 from pacl_scale.evaluate.segmentation import oracle_labels
@@ -92,7 +92,11 @@ def test_upsampling_in_portions_is_upsampling_at_once(portion: int, monkeypatch:
     scores = torch.randn(7, 4, 6, generator=torch.Generator().manual_seed(0))
     whole = torch.nn.functional.interpolate(scores[None], size=(33, 21), mode="bilinear", align_corners=False)[0]
     monkeypatch.setattr(labels_module, "CLASSES_AT_ONCE", portion)
-    labels, best = best_class(scores, 33, 21)
+    labels, best = label_pixels(
+        lambda some: torch.nn.functional.interpolate(scores[None, some], size=(33, 21), mode="bilinear")[0],
+        7,
+        Protocol(),
+    )
     torch.testing.assert_close(labels, whole.argmax(0))
     torch.testing.assert_close(best, whole.amax(0))
 

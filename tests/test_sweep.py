@@ -251,6 +251,8 @@ def test_trainings_are_swept_by_the_same_runner(quick_features: str, tmp_path: P
     with (tmp_path / "sweep" / "results.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert {line["optim.lr"] for line in lines} == {"0.01", "0.0001"}
+    with pytest.raises(UserError, match="leave checkpoint.folder out"):
+        main([*words, "--settings={'checkpoint.folder': ['" + str(tmp_path / "one") + "']}"])
     table = (tmp_path / "sweep" / "results.md").read_text().splitlines()
     assert table[4].split()[1] == "0.01", "the lower loss comes first"
     began = time.monotonic()

@@ -14,16 +14,19 @@ from data_sets import write_pairs
 from ranks import run_ranks
 from training import STEPS, TOKENS, WIDTH, curve, settings_for
 
-from pacl_scale import checkpoint, config, metrics
+from pacl_scale import checkpoint, claims, config, metrics
 from pacl_scale.checkpoint import CheckpointConfig
 from pacl_scale.data.reader import ReadConfig
-from pacl_scale.data.stream import DataConfig
+from pacl_scale.data.stream import ALONE, DataConfig, PairStream
 from pacl_scale.distributed import World
+from pacl_scale.encoders.vision import VisionConfig
 from pacl_scale.engine import EngineConfig
 from pacl_scale.errors import EXIT_USER_ERROR, UserError
+from pacl_scale.frozen import frozen_towers
 from pacl_scale.model import load_model
 from pacl_scale.optim import OptimConfig
 from pacl_scale.resume import check_unchanged, refuse_changes
+from pacl_scale.sweep.cells import weights_of
 from pacl_scale.train import TrainConfig, accumulation_of, train
 from pacl_scale.unfreeze import UnfreezeConfig
 
@@ -141,6 +144,27 @@ def test_checkpoints_elsewhere_say_what_a_run_was_trained_with(runs: Path, tmp_p
         check_unchanged(replace(settings, optim=OptimConfig(lr=1e-3, warmup_steps=2)))
     with pytest.raises(RuntimeError, match="optim.lr was 0.01"):
         run_ranks(1, train_all, [replace(settings, optim=OptimConfig(lr=1e-3, warmup_steps=2))])
+
+
+def test_checkpoints_elsewhere_are_found_by_whoever_is_given_the_run(runs: Path, tmp_path: Path) -> None:
+    """The run directory alone says where they are."""
+    folder = runs / "whole" / "checkpoints"
+    newest = checkpoint.steps_in(str(folder))[-1]
+    (tmp_path / "config.yaml").write_text(f"checkpoint:\n  folder: {folder}\n")
+    assert checkpoint.resolve(str(tmp_path)) == str(folder / f"{newest:08d}")
+    assert claims.newest_step(tmp_path) == newest
+    assert [weights.step for weights in weights_of("x", str(tmp_path), every=True)] == checkpoint.steps_in(str(folder))
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        (tmp_path / "config.yaml").write_text("checkpoint: [")
+        checkpoint.resolve(str(tmp_path))
+
+
+def test_tokens_of_another_tower_than_is_named_are_refused(quick_features: str) -> None:
+    settings = settings_for(quick_features, "unused", vision=VisionConfig(source="timm", model="vit_small", layer=3))
+    with PairStream(settings.data, 0, 4) as stream:
+        assert frozen_towers(replace(settings, vision=VisionConfig()), stream, ALONE).vision is None
+        with pytest.raises(UserError, match="another tower than vision names: source is 'test', not 'timm'"):
+            frozen_towers(settings, stream, ALONE)
 
 
 def test_a_run_directory_is_on_this_machine() -> None:

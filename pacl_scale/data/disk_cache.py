@@ -59,7 +59,7 @@ class DiskCache:
             with self._count():
                 pass
         except OSError as error:
-            raise UserError(f"read.disk_cache: {folder} cannot be written to ({error.strerror})") from error
+            raise UserError(f"data.read.disk_cache: {folder} cannot be written to ({error.strerror})") from error
 
     def get(self, shard: str, block: int, size: int) -> bytes | None:
         """A block of ``size`` bytes; None where it is not there. One that is damaged is thrown away."""

@@ -64,11 +64,15 @@ class FeatureFormat:
             "vision": self.vision,
         }
 
-    def check_encoder(self, root_url: str, vision: Mapping[str, Any]) -> None:
-        """Raise UserError unless the tokens come from the encoder with this fingerprint."""
-        if dict(vision) != self.vision:
-            keys = sorted(k for k in {*vision, *self.vision} if vision.get(k) != self.vision.get(k))
-            raise UserError(f"{root_url} holds patch tokens of another vision encoder: {', '.join(keys)} differ")
+    def check_encoder(self, named: Mapping[str, Any]) -> None:
+        """Raise UserError where a configuration names other tokens than these, by keys of a fingerprint."""
+        known = {key: (self.vision[key], value) for key, value in named.items() if key in self.vision}
+        wrong = [f"{key} is {own!r}, not {asked!r}" for key, (own, asked) in known.items() if own != asked]
+        if wrong:
+            raise UserError(
+                f"the data set holds patch tokens of another tower than vision names: {', '.join(wrong)}; "
+                "name the same one, or leave vision out"
+            )
 
     def pack(self, tokens_BTD: Tensor) -> list[dict[str, bytes]]:
         """The members that hold each picture's tokens, from (B, T, D) of any float type on any device."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pacl_scale import log
 from pacl_scale.data.batch import PairBatch
-from pacl_scale.data.own_process import Failure, Job, Message, Place
+from pacl_scale.data.own_process import Failure, Iteration, Message, Place
 from pacl_scale.data.run import Run
 from pacl_scale.data.stream import PairStream
 from pacl_scale.distributed import World
@@ -81,28 +81,30 @@ class Loader:
         self._wanted = threading.Semaphore(0)
 
     def work(self) -> None:
-        """Carry out the job that is sent, until its end or until nobody listens."""
+        """Carry out the iteration that is sent, until its end or until nobody listens."""
         try:
-            job, ahead = self._listen()
+            iteration, ahead = self._listen()
             for _ in range(ahead):
                 self._wanted.release()
             threading.Thread(target=self._obey, daemon=True).start()
-            self._iterate(job)
+            self._iterate(iteration)
         except BaseException as error:
             self._say(Failure(sendable(error), traceback.format_exc()))
         # The other end says when it has read everything.
         threading.Event().wait()
 
-    def _iterate(self, job: Job) -> None:
-        log.configure(job.rank)
-        world = World(job.rank, job.size, 0, torch.device("cpu"))
-        stream = PairStream(job.config, job.seed, job.global_batch_size, world, ordered=job.ordered)
-        stream.load_state(job.state)
-        stream.undecoded = job.undecoded
-        if job.preprocess is not None:
-            stream.prepare_pictures_for(job.preprocess)
+    def _iterate(self, iteration: Iteration) -> None:
+        log.configure(iteration.rank)
+        world = World(iteration.rank, iteration.size, 0, torch.device("cpu"))
+        stream = PairStream(
+            iteration.config, iteration.seed, iteration.global_batch_size, world, ordered=iteration.ordered
+        )
+        stream.load_state(iteration.state)
+        stream.undecoded = iteration.undecoded
+        if iteration.preprocess is not None:
+            stream.prepare_pictures_for(iteration.preprocess)
         stream.buffers = self._buffers
-        run = stream.begin(job.start, job.stop)
+        run = stream.begin(iteration.start, iteration.stop)
         assert isinstance(run, Run)
         while True:
             self._wanted.acquire()

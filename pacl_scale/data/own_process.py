@@ -46,7 +46,7 @@ CLOSING_S = 1.0
 
 
 @dataclass(frozen=True)
-class Job:
+class Iteration:
     """Which iteration the process carries out."""
 
     config: "DataConfig"
@@ -102,7 +102,7 @@ class OwnProcessRun:
             decode_threads=config.decode_threads or torch.get_num_threads(),
         )
         world = stream.world
-        job = Job(
+        iteration = Iteration(
             alone, stream.seed, stream.global_batch_size, world.rank, world.size, stream.ordered, state,
             stream.preprocess, stream.undecoded, start, stop,
         )  # fmt: skip
@@ -119,7 +119,7 @@ class OwnProcessRun:
         with theirs:
             self._child = _start(theirs.fileno())
         self._link = Connection(os.dup(self._socket.fileno()))
-        self._send((job, config.prefetch_batches))
+        self._send((iteration, config.prefetch_batches))
         self._thread = threading.Thread(target=self._receive, name="batches", daemon=True)
         self._thread.start()
 

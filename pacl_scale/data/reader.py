@@ -71,9 +71,9 @@ class ReadConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"read.{name} must be at least 1, not {getattr(self, name)}")
         if self.timeout_s <= 0 or self.retries < 0:
-            raise ValueError("read.timeout_s must be above 0 and read.retries at least 0")
+            raise ValueError("data.read.timeout_s must be above 0 and data.read.retries at least 0")
         if self.disk_cache_gb <= 0:
-            raise ValueError(f"read.disk_cache_gb must be above 0, not {self.disk_cache_gb}")
+            raise ValueError(f"data.read.disk_cache_gb must be above 0, not {self.disk_cache_gb}")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Read:
     samples: np.ndarray
 
 
-class Plan:
+class ReadPlan:
     """The batches of one rank from ``position`` on, and the reads that bring their samples in time.
 
     Args:
@@ -190,7 +190,7 @@ class ReadAhead:
             whether it fits or not.
     """
 
-    def __init__(self, plan: Plan, readers: Sequence[ShardReader], threads: int, budget: int) -> None:
+    def __init__(self, plan: ReadPlan, readers: Sequence[ShardReader], threads: int, budget: int) -> None:
         self._readers, self._budget = readers, budget
         self._threads = Workers(threads, "fetch")
         self._reads = plan.reads()
@@ -231,7 +231,7 @@ class ReadAhead:
             self.held -= size
 
     def _plan_batch(self) -> bool:
-        """Plan one more batch; False after the last."""
+        """ReadPlan one more batch; False after the last."""
         reads = next(self._reads, None)
         if reads is None:
             return False

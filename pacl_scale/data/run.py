@@ -14,7 +14,7 @@ from pacl_scale.data.assemble import PendingBatch
 from pacl_scale.data.batch import PairBatch
 from pacl_scale.data.order import Mixture, Picks
 from pacl_scale.data.ranges import ShardReader
-from pacl_scale.data.reader import Plan, ReadAhead
+from pacl_scale.data.reader import ReadAhead, ReadPlan
 
 if TYPE_CHECKING:
     from pacl_scale.data.stream import PairStream
@@ -34,7 +34,7 @@ class Run:
     ) -> None:
         config = stream.config
         self._stream, self._readers = stream, readers
-        self._plan = Plan(mixture, self._readers, stream.world, start, stream.global_batch_size, stop)
+        self._plan = ReadPlan(mixture, self._readers, stream.world, start, stream.global_batch_size, stop)
         budget = config.read.read_ahead_mb << 20
         self._ahead = ReadAhead(self._plan, self._readers, config.read.fetch_threads, budget)
         threads = config.decode_threads or torch.get_num_threads()

@@ -195,7 +195,9 @@ class PairStream:
         for name in ("chunk_samples", "window_chunks"):
             before, now = state.get(name), getattr(self.config.read, name)
             if before not in (None, now):
-                raise UserError(f"the data was ordered with read.{name} {before}, not {now}; resume with the same one")
+                raise UserError(
+                    f"the data was ordered with data.read.{name} {before}, not {now}; resume with the same one"
+                )
         own = self._own_positions_in(state)
         self.close()
         self.position = int(state["position"])
@@ -318,7 +320,9 @@ class PairStream:
                 "train on the pictures or switch the augmentation off"
             )
         if self.config.read.disk_cache and all(storage.is_local(root) for root in self.config.weights):
-            log.warning("read.disk_cache is of no use: the data set is on this machine", root=self.indexes[0].root_url)
+            log.warning(
+                "data.read.disk_cache is of no use: the data set is on this machine", root=self.indexes[0].root_url
+            )
         weights = self.config.weights
         for (root, weight), index in zip(weights.items(), self.indexes, strict=True):
             part = math.ceil(self.global_batch_size * weight / sum(weights.values()))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pacl_scale.encoders.text import TextEncoderConfig, TextTower, padded_length
 from pacl_scale.encoders.weights import freeze, hash_of
-from pacl_scale.errors import UserError
+from pacl_scale.errors import UserError, first_line
 
 DEFAULT_MAX_TOKENS = 512
 """Where a tokenizer states no length of its own."""
@@ -35,7 +35,7 @@ def build_huggingface_text(config: TextEncoderConfig, device: torch.device, dtyp
             # Only safetensors: the older format can carry code.
             model = AutoModel.from_pretrained(config.model, use_safetensors=True)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise UserError(f"model: transformers cannot give {config.model}: {_first_line(error)}") from error
+        raise UserError(f"model: transformers cannot give {config.model}: {first_line(error)}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"model: {config.model} has no tokenizer.json, which its strings need")
     limit = min(tokenizer.model_max_length, DEFAULT_MAX_TOKENS)
@@ -105,7 +105,3 @@ def pad(rows: list[list[int]], length: int, filler: int) -> Tensor:
 def _mean(states_nLD: Tensor, mask_nL: Tensor) -> Tensor:
     weights_nL1 = mask_nL.unsqueeze(-1).to(states_nLD.dtype)
     return (states_nLD * weights_nL1).sum(dim=1) / weights_nL1.sum(dim=1).clamp(min=1)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

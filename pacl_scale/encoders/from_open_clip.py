@@ -28,7 +28,7 @@ from pacl_scale.encoders.vision import (
 )
 from pacl_scale.encoders.vit import FrozenViT, ViTParts, blocks_up_to
 from pacl_scale.encoders.weights import RANDOM, freeze, hash_of, load_strictly, read_state
-from pacl_scale.errors import UserError
+from pacl_scale.errors import UserError, first_line
 
 DEFAULT_TAG = "openai"
 
@@ -161,7 +161,7 @@ def _create(name: str, weights: str | None, seed: int) -> tuple[Any, Any]:
                 )
             tokenizer = open_clip.get_tokenizer(known_name)
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
-            raise UserError(f"model: open_clip cannot give {name}: {_first_line(error)}") from error
+            raise UserError(f"model: open_clip cannot give {name}: {first_line(error)}") from error
     if weights not in (None, RANDOM) and tag is None:
         _load_file(model, str(weights))
     return model, tokenizer
@@ -214,7 +214,7 @@ def _open_clip_name(name: str) -> Iterator[str]:
     try:
         content = json.loads(Path(name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"model: {name} cannot be read as JSON: {_first_line(error)}") from error
+        raise UserError(f"model: {name} cannot be read as JSON: {first_line(error)}") from error
     if not isinstance(content, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= content.keys():
         raise UserError(f"model: {name} must hold embed_dim, vision_cfg and text_cfg, as open_clip's own files do")
     with tempfile.TemporaryDirectory(prefix="pacl-scale-") as folder:
@@ -240,7 +240,3 @@ def _native_preprocess(visual: Any) -> Preprocess:
         interpolation="bilinear" if settings["interpolation"] == "bilinear" else "bicubic",
         resize="squash" if settings["resize_mode"] == "squash" else "shortest",
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -19,7 +19,7 @@ from pacl_scale.encoders.vision import (
 )
 from pacl_scale.encoders.vit import FrozenViT, ViTParts, blocks_up_to, check_pictures
 from pacl_scale.encoders.weights import RANDOM, freeze, hash_of, load_strictly, read_state
-from pacl_scale.errors import UserError
+from pacl_scale.errors import UserError, first_line
 
 
 def build_timm_vision(config: VisionConfig, place: Placement) -> VisionEncoder:
@@ -143,7 +143,7 @@ def _create(config: VisionConfig) -> nn.Module:
     except TypeError as error:
         raise UserError(f"model: timm's {config.model} is no vision transformer with patch tokens") from error
     except (OSError, RuntimeError) as error:
-        raise UserError(f"model: timm cannot give {config.model} with its weights: {_first_line(error)}") from error
+        raise UserError(f"model: timm cannot give {config.model} with its weights: {first_line(error)}") from error
     if not hasattr(model, "forward_intermediates") or not hasattr(model, "blocks"):
         raise UserError(f"model: timm's {config.model} is no vision transformer with patch tokens")
     if config.weights not in (None, RANDOM):
@@ -162,7 +162,3 @@ def _native_preprocess(model: nn.Module) -> Preprocess:
         interpolation="bilinear" if settings["interpolation"] == "bilinear" else "bicubic",
         resize="squash" if settings.get("crop_mode") == "squash" else "shortest",
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

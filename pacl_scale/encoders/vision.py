@@ -113,6 +113,12 @@ class VisionConfig:
         if self.source == "package" and self.weights is not None:
             raise ValueError("weights: a package brings its own; leave it out or take another source")
 
+    @property
+    def named(self) -> dict[str, Any]:
+        """What of the fingerprint is known before the tower is built."""
+        keys = ("source", "layer", "final_norm", "projection")
+        return {key: getattr(self, key) for key in keys}
+
 
 @dataclass(frozen=True)
 class Placement:

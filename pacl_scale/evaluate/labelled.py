@@ -16,7 +16,7 @@ from typing import Any, Literal
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from pacl_scale.errors import UserError
+from pacl_scale.errors import UserError, first_line
 from pacl_scale.evaluate.pictures import MAX_PIXELS
 from pacl_scale.evaluate.protocol import TemplateSet, template_set
 
@@ -208,7 +208,7 @@ def _open_folder(root: str) -> LabelledPictures:
     try:
         source = ImageFolder(root)
     except FileNotFoundError as error:
-        raise UserError(f"{root} must hold a folder of pictures for each class ({_line(error)})") from error
+        raise UserError(f"{root} must hold a folder of pictures for each class ({first_line(error)})") from error
     words = [name.replace("_", " ") for name in source.classes]
     if len(words) < 2:
         raise UserError(f"{root} has one class alone; classification needs at least two")
@@ -254,7 +254,7 @@ def _built(root: str, layout: str, known: Known, partial: bool) -> Any:
             warnings.simplefilter("ignore", UserWarning)
             source = builder.build_dataset(known.name, root=root, split=known.split, download=False)
     except (RuntimeError, OSError, ValueError, KeyError, TypeError, IndexError, ImportError) as error:
-        raise UserError(f"{root} does not hold {layout} as expected ({_line(error)}); get {known.get}") from error
+        raise UserError(f"{root} does not hold {layout} as expected ({first_line(error)}); get {known.get}") from error
     if layout == "imagenet_v2":
         # Its reader takes files as the file system lists them; an order is needed to go on after an interruption.
         source.fnames.sort()
@@ -277,7 +277,3 @@ def templates_of(data: LabelledPictures, chosen: Literal["own"] | TemplateSet) -
     if chosen == "own":
         return data.templates or template_set("imagenet")
     return template_set(chosen)
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

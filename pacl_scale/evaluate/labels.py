@@ -135,15 +135,6 @@ def label_pixels(
     return torch.where(is_background_HW, background, class_HW), best_HW
 
 
-def best_class(scores_Chw: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Maps (C, h, w) of a whole picture, upsampled: the best class (H, W) int64 and its score (H, W)."""
-
-    def portion_of(classes: slice) -> Tensor:
-        return F.interpolate(scores_Chw[None, classes], size=(height, width), mode="bilinear", align_corners=False)[0]
-
-    return label_pixels(portion_of, len(scores_Chw), Protocol())
-
-
 def _one_scale(views: Sequence[tuple[View, Tensor]], out: Size, lattice: Lattice) -> Tensor:
     if all(view.is_whole for view, _ in views):
         spreads = [_unflipped(spread(maps, out, view.box, lattice), view) for view, maps in views]

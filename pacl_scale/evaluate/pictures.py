@@ -17,6 +17,9 @@ from pacl_scale.errors import UserError
 from pacl_scale.evaluate import places
 from pacl_scale.evaluate.classes import NOT_SCORED, ClassList, read_class_list
 from pacl_scale.evaluate.official import LAYOUTS, find_pairs, read_raw_context
+from pacl_scale.log import get_logger
+
+log = get_logger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -76,9 +79,6 @@ class AnnotatedPictures:
     """Address of the picture, address of its mask."""
 
     classes: ClassList
-    without_mask: int = field(default=0)
-    """Pictures left out because there is no mask of their name."""
-
     raw_context: bool = False
     """Masks are PASCAL-Context's MATLAB files."""
 
@@ -129,7 +129,10 @@ def open_annotated(config: AnnotatedConfig) -> AnnotatedPictures:
         classes = config.classes
     pairs = [(pictures[s], masks[s]) for s in stems]
     record = {"layout": "folder", "split": "every mask", "of": len(masks)}
-    return AnnotatedPictures(pairs, classes, len(pictures) - len(masks), record=record)
+    if without_mask := len(pictures) - len(masks):
+        record["without_mask"] = without_mask
+        log.warning("pictures without a mask are left out", pictures=without_mask, folder=pictures_at)
+    return AnnotatedPictures(pairs, classes, record=record)
 
 
 def _open_official(config: AnnotatedConfig) -> AnnotatedPictures:
@@ -144,7 +147,7 @@ def _open_official(config: AnnotatedConfig) -> AnnotatedPictures:
         "of": layout.pictures,
     }
     classes = config.classes or layout.classes()
-    return AnnotatedPictures(pairs[: config.limit or None], classes, 0, source.raw_context, record)
+    return AnnotatedPictures(pairs[: config.limit or None], classes, source.raw_context, record)
 
 
 @dataclass

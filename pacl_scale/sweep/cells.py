@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pacl_scale import checkpoint, config, storage
+from pacl_scale import checkpoint, config
 from pacl_scale.errors import UserError
+from pacl_scale.run_folder import checkpoints_of
 from pacl_scale.sweep import ledger
 from pacl_scale.sweep.worker import SETTINGS, Kind
 
@@ -150,6 +151,8 @@ def trainings(sweep: Path, files: Sequence[str], grid: dict[str, list[Any]]) -> 
         words = [f"--config={file}" for file in files] + words_of(swept)
         parsed = config.parse(train.TrainConfig, words, "python -m pacl_scale.train")
         train.accumulation_of(parsed, parsed.distributed.ranks)
+        if parsed.checkpoint.folder:
+            raise UserError("each swept training keeps its checkpoints beside it; leave checkpoint.folder out")
         values = config.to_dict(parsed)
         digest = digest_of({"train": {k: v for k, v in values.items() if k not in TRAINING_NOT_IN_HASH}})
         swept = varied(swept, grid)
@@ -168,9 +171,9 @@ def weights_of(name: str, path: str, every: bool) -> list[Weights]:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    folder = storage.join(path, "checkpoints")
+    folder = checkpoints_of(path)
     if every and (steps := checkpoint.steps_in(folder)):
-        return [_weights(name, storage.join(folder, f"{step:08d}")) for step in steps]
+        return [_weights(name, checkpoint.path_of(folder, step)) for step in steps]
     return [_weights(name, checkpoint.resolve(path))]
 
 
@@ -224,7 +227,7 @@ def is_done(cell: Cell, sweep: Path, kind: Kind, entry: ledger.Entry) -> bool:
     if last is None or last.outcome != "done" or entry.hash != cell.hash:
         return False
     if kind == "train":
-        return cell.labels["steps"] in checkpoint.steps_in(str(cell.folder(sweep) / "run" / "checkpoints"))
+        return cell.labels["steps"] in checkpoint.steps_in(checkpoints_of(str(cell.folder(sweep) / "run"), {}))
     from pacl_scale.evaluate.rows import read_rows
 
     try:

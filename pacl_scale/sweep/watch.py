@@ -3,11 +3,10 @@
 import time
 from pathlib import Path
 
-import yaml
-
 from pacl_scale import checkpoint, claims, storage
 from pacl_scale.errors import UserError
 from pacl_scale.log import get_logger
+from pacl_scale.run_folder import checkpoints_of, settings_of
 from pacl_scale.sweep.cells import Cell, Evaluations, weights_of
 
 log = get_logger("pacl_scale.sweep")
@@ -26,16 +25,16 @@ class Watch:
 
     def new(self) -> list[Cell]:
         """Cells of the checkpoints that came since the last look, those of earlier calls among them."""
-        folder = self._settings().get("checkpoint", {}).get("folder") or storage.join(self.run, "checkpoints")
+        folder = checkpoints_of(self.run)
         for step in checkpoint.steps_in(folder):
-            if step not in self._copied and self._copy(storage.join(folder, f"{step:08d}"), step):
+            if step not in self._copied and self._copy(checkpoint.path_of(folder, step), step):
                 self._copied.add(step)
         found: list[Cell] = []
         for step in checkpoint.steps_in(str(self.copies)):
             if step not in self._known:
                 self._known.add(step)
                 self._news = time.monotonic()
-                (weights,) = weights_of(self.copies.name, str(self.copies / f"{step:08d}"), every=False)
+                (weights,) = weights_of(self.copies.name, checkpoint.path_of(str(self.copies), step), every=False)
                 found += self.grid.cells(weights)
         return found
 
@@ -44,7 +43,7 @@ class Watch:
 
         It does not when its job (or process) is over, or, where none is known, when no checkpoint came for long.
         """
-        steps = self._settings().get("steps")
+        steps = settings_of(self.run).get("steps")
         if steps is not None and steps in self._known:
             return True
         now = time.monotonic()
@@ -66,12 +65,11 @@ class Watch:
         return True
 
     def _has_unseen(self) -> bool:
-        folder = self._settings().get("checkpoint", {}).get("folder") or storage.join(self.run, "checkpoints")
-        return bool(set(checkpoint.steps_in(folder)) - self._known)
+        return bool(set(checkpoint.steps_in(checkpoints_of(self.run))) - self._known)
 
     def _copy(self, path: str, step: int) -> bool:
         """Copy what an evaluation needs; whether it is there. What failed is tried again at the next look."""
-        target = str(self.copies / f"{step:08d}")
+        target = checkpoint.path_of(str(self.copies), step)
         if storage.exists(storage.join(target, checkpoint.STATE)):
             return True
         try:
@@ -82,7 +80,3 @@ class Watch:
             log.warning("checkpoint could not be copied", path=path, why=str(error))
             return False
         return True
-
-    def _settings(self) -> dict:
-        saved = storage.join(self.run, "config.yaml")
-        return yaml.safe_load(storage.read_bytes(saved)) or {} if storage.exists(saved) else {}
