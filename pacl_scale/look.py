@@ -84,8 +84,9 @@ def find(seen: Seen, words: Sequence[str], towers: Towers, protocol: Protocol, t
     """The best of ``words`` for every pixel; pixels whose best cosine is below ``threshold`` get none."""
     vectors = vectors_for(towers.text, [[word] for word in words], protocol, background=False).to(towers.device)
     views = [(view, patch_scores(patches_1TD, vectors, grid)[0]) for view, patches_1TD, grid in seen.embedded]
+    height, width = seen.size
     labels_HW, best_HW = label_pixels(
-        lambda portion: merged(views, portion, seen.size, seen.lattice), len(words), Protocol()
+        lambda portion: merged(views, portion, seen.size, seen.lattice), len(words), height * width, Protocol()
     )
     if threshold is not None:
         labels_HW = torch.where(best_HW >= threshold, labels_HW, overlay.NOTHING)

@@ -29,7 +29,7 @@ def test_maps_are_those_that_labels_come_from() -> None:
     lattice = Lattice(4, 2)
     maps = [(View(0, (16, 24), 0, 0, (16, 24)), torch.randn(5, 7, 11, generator=torch.Generator().manual_seed(0)))]
     found = word_maps(maps, [3, 0, 4, 1, 2], (20, 30), lattice)
-    labels, _ = label_pixels(lambda portion: merged(maps, portion, (20, 30), lattice), 5, Protocol())
+    labels, _ = label_pixels(lambda portion: merged(maps, portion, (20, 30), lattice), 5, 600, Protocol())
     assert found.shape == (5, 20, 30)
     np.testing.assert_array_equal(np.array([3, 0, 4, 1, 2])[found.argmax(axis=0)], labels.numpy())
 

@@ -119,7 +119,7 @@ def test_views_show_the_right_part_of_the_picture() -> None:
 
 def rule(scores: torch.Tensor, **settings: object) -> torch.Tensor:
     protocol = Protocol(**settings)  # type: ignore[arg-type]
-    return label_pixels(lambda portion: scores[portion], len(scores), protocol, background=99)[0]
+    return label_pixels(lambda portion: scores[portion], len(scores), scores[0].numel(), protocol, background=99)[0]
 
 
 @pytest.mark.parametrize("portion", [1, 3, 64])

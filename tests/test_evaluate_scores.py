@@ -95,6 +95,7 @@ def test_upsampling_in_portions_is_upsampling_at_once(portion: int, monkeypatch:
     labels, best = label_pixels(
         lambda some: torch.nn.functional.interpolate(scores[None, some], size=(33, 21), mode="bilinear")[0],
         7,
+        33 * 21,
         Protocol(),
     )
     torch.testing.assert_close(labels, whole.argmax(0))
@@ -115,7 +116,7 @@ def test_large_pictures_are_upsampled_few_classes_at_a_time(monkeypatch: pytest.
         portions.clear()
         for background in ("cosine", "entropy"):
             rule = Protocol(background=background, background_threshold=-9.0 if background == "cosine" else 99.0)
-            torch.testing.assert_close(label_pixels(portion_of, 40, rule, background=40)[0], best)
+            torch.testing.assert_close(label_pixels(portion_of, 40, 48, rule, background=40)[0], best)
         assert sum(portions) == 2 * 40
         largest.append(max(portions))
     assert largest == [1, 7, 32]

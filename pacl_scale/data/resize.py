@@ -6,12 +6,10 @@ whole lines are what a processor does many at a time, so the pass along the rows
 the pixels of a column, which share their weights, lie side by side.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import PIL
-from numba import njit
+
+from pacl_scale.compiled import compiled
 
 PRECISION_BITS = 22
 ONE, HALF = 1 << PRECISION_BITS, 1 << (PRECISION_BITS - 1)
@@ -48,15 +46,7 @@ def resize(
     return planes.transpose(1, 2, 0)
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile without the interpreter lock, and keep the result on disk where that is possible."""
-    try:
-        return njit(function, nogil=True, error_model="numpy", cache=True)
-    except RuntimeError:
-        return njit(function, nogil=True, error_model="numpy")
-
-
-@_compiled
+@compiled()
 def _weights(length, wanted, first, count, cubic):
     """For each of ``count`` places of a line resized from ``length`` to ``wanted``, from place ``first`` on: the first
     of the source's places that it is made of, (count,), and their weights, (count, places)."""
@@ -88,7 +78,7 @@ def _weights(length, wanted, first, count, cubic):
     return starts, weights
 
 
-@_compiled
+@compiled()
 def _sum_lines(lines, starts, weights, out, sums):
     """Each line of ``out`` as the weighted sum of some of ``lines``."""
     width = out.shape[1]
@@ -105,14 +95,14 @@ def _sum_lines(lines, starts, weights, out, sums):
             result[x] = min(max(sums[x] >> PRECISION_BITS, 0), 255)
 
 
-@_compiled
+@compiled()
 def _exchange(a, b, mask, bits):
     """``a`` and ``b`` with the upper parts of the one and the lower parts of the other exchanged."""
     parts = ((a >> bits) ^ b) & mask
     return a ^ (parts << bits), b ^ parts
 
 
-@_compiled
+@compiled()
 def _transpose(source, out):
     """Transpose bytes that travel as uint64, eight by eight at a time: (8r, c) eights to (8c, r) eights."""
     for row in range(len(source) // 8):
@@ -136,7 +126,7 @@ def _transpose(source, out):
             out[c + 4, row], out[c + 5, row], out[c + 6, row], out[c + 7, row] = f, g, h, i
 
 
-@_compiled
+@compiled()
 def _along_rows(rows, begin, count, starts, weights):
     """The pass along ``count`` rows of (height, 3 x width) bytes: (3, count, places) planes."""
     size, first = len(starts), 3 * starts[0]
@@ -165,7 +155,7 @@ def _along_rows(rows, begin, count, starts, weights):
     return planes
 
 
-@_compiled
+@compiled()
 def _square(rows, height, width, top, left, size, cubic, may_begin_down):
     source_height, source_width = rows.shape[0], rows.shape[1] // 3
     across, across_weights = _weights(source_width, width, left, size, cubic)

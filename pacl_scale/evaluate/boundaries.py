@@ -6,6 +6,7 @@ scored, or lies outside the picture; ``d`` is a share of the diagonal.
 
 import numpy as np
 
+from pacl_scale.compiled import compiled
 from pacl_scale.evaluate.classes import NOT_SCORED
 from pacl_scale.evaluate.counts import iou_of
 
@@ -30,10 +31,7 @@ def band(labels_HW: np.ndarray, distance: int) -> np.ndarray:
     side = 2 * distance + 1
     if min(labels_HW.shape) < side:
         return found_HW
-    # A square is all one label exactly if no two neighbours in it differ, and sums over squares cost nothing extra.
-    across = _sums(labels_HW[:, 1:] != labels_HW[:, :-1], side, side - 1)
-    down = _sums(labels_HW[1:] != labels_HW[:-1], side - 1, side)
-    found_HW[distance:-distance, distance:-distance] = (across + down) > 0
+    found_HW[distance:-distance, distance:-distance] = _mixed(labels_HW, side)
     return found_HW
 
 
@@ -42,10 +40,31 @@ def boundary_iou(counts_3C: np.ndarray) -> np.ndarray:
     return iou_of(*counts_3C)
 
 
-def _sums(differs_HW: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """How many are true in every box of ``rows`` x ``columns``, by sums over all that lies above and to the left."""
-    table = np.zeros((differs_HW.shape[0] + 1, differs_HW.shape[1] + 1), np.int32)
-    table[1:, 1:] = differs_HW
-    table = table.cumsum(axis=0).cumsum(axis=1)
-    strips = table[rows:] - table[:-rows]
-    return strips[:, columns:] - strips[:, :-columns]
+@compiled()
+def _mixed(labels_HW, side):
+    """Whether a square of ``side`` x ``side`` labels holds two different ones, for every place of it in the picture.
+
+    A square is all one label exactly if no two neighbours in it differ; how many do is known from sums over all that
+    lies above and to the left.
+    """
+    height, width = labels_HW.shape
+    across, down = np.zeros((height + 1, width + 1), np.int32), np.zeros((height + 1, width + 1), np.int32)
+    for y in range(height):
+        so_far_across, so_far_down = 0, 0
+        for x in range(width):
+            label = labels_HW[y, x]
+            if x + 1 < width and labels_HW[y, x + 1] != label:
+                so_far_across += 1
+            if y + 1 < height and labels_HW[y + 1, x] != label:
+                so_far_down += 1
+            across[y + 1, x + 1] = across[y, x + 1] + so_far_across
+            down[y + 1, x + 1] = down[y, x + 1] + so_far_down
+    mixed = np.empty((height - side + 1, width - side + 1), np.bool_)
+    for y in range(len(mixed)):
+        for x in range(width - side + 1):
+            # Pairs side by side lie within ``side - 1`` columns of their left halves, pairs one below another likewise.
+            right, below = x + side - 1, y + side - 1
+            pairs = across[y + side, right] - across[y, right] - across[y + side, x] + across[y, x]
+            pairs += down[below, x + side] - down[y, x + side] - down[below, x] + down[y, x]
+            mixed[y, x] = pairs > 0
+    return mixed

@@ -189,7 +189,7 @@ def predict(
     out = (size[0], size[1])
     maps = score_maps(tokens, method, vectors)
     labels_HW, _ = label_pixels(
-        lambda portion: merged(maps, portion, out, lattice), vectors.classes, protocol, background
+        lambda portion: merged(maps, portion, out, lattice), vectors.classes, out[0] * out[1], protocol, background
     )
     return labels_HW.cpu().numpy(), maps[0][1]
 
@@ -247,7 +247,9 @@ def oracle_labels(
     winners_TC = F.one_hot(votes_TC.argmax(dim=1), classes) * (votes_TC.sum(dim=1, keepdim=True) > 0)
     winners_Chw = winners_TC.float().T.reshape(classes, *grid)
     maps = [(View(0, box, 0, 0, box), winners_Chw)]
-    labels_HW, _ = label_pixels(lambda portion: merged(maps, portion, (height, width), lattice), classes, Protocol())
+    labels_HW, _ = label_pixels(
+        lambda portion: merged(maps, portion, (height, width), lattice), classes, height * width, Protocol()
+    )
     return labels_HW.numpy()
 
 

@@ -5,13 +5,11 @@ first-level cache while it is widened, exponentiated, summed and narrowed again.
 neither numpy nor numba knows the type.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
+
+from pacl_scale.compiled import compiled
 
 LOG2_E = np.float32(1.4426950408889634)
 SMALLEST_EXPONENT = np.float32(-126.0)
@@ -24,15 +22,7 @@ HALF, ONE = np.float32(0.5), np.float32(1.0)
 FAST = {"nnan", "nsz", "reassoc", "contract", "arcp"}
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile without the interpreter lock, and keep the result on disk where that is possible."""
-    try:
-        return njit(function, nogil=True, fastmath=FAST, error_model="numpy", boundscheck=False, cache=True)
-    except RuntimeError:
-        return njit(function, nogil=True, fastmath=FAST, error_model="numpy", boundscheck=False)
-
-
-@_compiled
+@compiled(fastmath=FAST, boundscheck=False)
 def _widen(bits, row):
     """float32 numbers (as bits) of a row of bfloat16 or float32 (as bits)."""
     if bits.itemsize == 2:
@@ -43,7 +33,7 @@ def _widen(bits, row):
             row[t] = bits[t]
 
 
-@_compiled
+@compiled(fastmath=FAST, boundscheck=False)
 def _narrow(row, bits):
     """The reverse, rounded to the nearest, ties to even."""
     if bits.itemsize == 2:
@@ -55,7 +45,7 @@ def _narrow(row, bits):
             bits[t] = row[t]
 
 
-@_compiled
+@compiled(fastmath=FAST, boundscheck=False)
 def _attend(scores, bias, scale, attention, mean):
     images, patches = bias.shape
     score_bits, weight_bits = np.empty(patches, np.uint32), np.empty(patches, np.uint32)
@@ -89,7 +79,7 @@ def _attend(scores, bias, scale, attention, mean):
         mean[r] = dot * share
 
 
-@_compiled
+@compiled(fastmath=FAST, boundscheck=False)
 def _pooled_square(attention, mixed, square):
     patches = attention.shape[1]
     weight_bits, h_bits = np.empty(patches, np.uint32), np.empty(patches, np.uint32)
@@ -103,7 +93,7 @@ def _pooled_square(attention, mixed, square):
         square[r] = total
 
 
-@_compiled
+@compiled(fastmath=FAST, boundscheck=False)
 def _slopes(scores, attention, mixed, has_mixed, scale, up, inverse, pull, offset):
     patches = attention.shape[1]
     score_bits, weight_bits = np.empty(patches, np.uint32), np.empty(patches, np.uint32)
