@@ -11,23 +11,16 @@ the traffic as a formula, and as counted.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup, ReduceOp
 
+from pacl_scale.collectives import Gather, all_reduce, counts_of, gather, rank_in, world_size
+from pacl_scale.pairs import GlobalTexts, OtherPositives, Pairs
 from pacl_scale.similarity import Backend, Pooling, patch_text_similarity
-
-OtherPositives = Literal["ignore", "target"]
-"""What to do with texts that are true of an image without being its own: leave the pair out of the loss, or let them
-share the target."""
-
-# torch 2.14 gave these two new names and deprecated the old ones.
-_NEW_NAMES = hasattr(distributed, "all_gather_single")
-_ALL_GATHER = "all_gather_single" if _NEW_NAMES else "all_gather_into_tensor"
-_REDUCE_SCATTER = "reduce_scatter_single" if _NEW_NAMES else "reduce_scatter_tensor"
 
 ROW_BLOCK_NUMBERS = {"cpu": 1 << 16, "cuda": 1 << 22}
 """Logits are made for this many pairs at a time, so that nothing but phi and its gradient is as large as the table;
@@ -95,18 +88,6 @@ class _AtMost(torch.autograd.Function):
         return torch.where(ctx.above & (grads[0] < 0), 0.0, grads[0]), None
 
 
-@dataclass(frozen=True)
-class GlobalTexts:
-    """The texts of all ranks in the order of ranks, as :meth:`PACLLoss.gather` returns them."""
-
-    vectors_ND: Tensor
-    """(N, D) text vectors; a gradient on them is summed over ranks and returned to the rank that gave the text."""
-    ids_N: Tensor | None
-    """(N,) identifiers of what the texts say, or None."""
-    own: slice
-    """Which of them are this rank's."""
-
-
 class PACLLoss(nn.Module):
     """Symmetric InfoNCE over the similarity of every image with every text of the global batch.
 
@@ -164,12 +145,12 @@ class PACLLoss(nn.Module):
         """
         if text_ids is not None and text_ids.shape != texts.shape[:1]:
             raise ValueError(f"text_ids must be of shape {tuple(texts.shape[:1])}, not {tuple(text_ids.shape)}")
-        counts = _counts(texts, self.group)
+        counts = counts_of(texts, self.group)
         if 0 in counts:
             raise ValueError(f"every rank needs at least one text; rank {counts.index(0)} of the group has none")
-        start = sum(counts[: _rank(self.group)])
-        vectors = cast(Tensor, _Gather.apply(texts, counts, self.group))
-        ids = None if text_ids is None else _gather(text_ids, counts, self.group)
+        start = sum(counts[: rank_in(self.group)])
+        vectors = cast(Tensor, Gather.apply(texts, counts, self.group))
+        ids = None if text_ids is None else gather(text_ids, counts, self.group)
         return GlobalTexts(vectors, ids, slice(start, start + len(texts)))
 
     def similarity(self, patches: Tensor, texts: GlobalTexts, patch_mask: Tensor | None = None) -> Tensor:
@@ -203,81 +184,9 @@ class PACLLoss(nn.Module):
             texts: what :meth:`gather` returned.
             logit_scale, image_text_ids, text_owner: see :meth:`forward`.
         """
-        pairs = _Pairs.build(phi, texts, image_text_ids, text_owner, self.config.other_positives)
+        pairs = Pairs.build(phi, texts, image_text_ids, text_owner, self.config.other_positives)
         scale = torch.as_tensor(logit_scale, dtype=phi.dtype, device=phi.device).reshape(())
         return cast(Tensor, _CrossEntropy.apply(phi, scale, pairs, self.config.label_smoothing, self.group))
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """Which pairs are targets and which are left out; the masks are made for a few rows at a time."""
-
-    own_bK: Tensor
-    """Columns of an image's own texts, padded with -1."""
-    true_bK: Tensor | None
-    """Ids of texts that are true of the image, padded with -1."""
-    others: OtherPositives
-    columns: "_Values"
-    ids: "_Values | None"
-
-    @staticmethod
-    def build(
-        phi: Tensor, texts: GlobalTexts, image_ids: Tensor | None, owner: Tensor | None, others: OtherPositives
-    ) -> "_Pairs":
-        images, n = len(phi), texts.own.stop - texts.own.start
-        if phi.dim() != 2 or phi.shape[1] != len(texts.vectors_ND):
-            raise ValueError(f"phi must be (images, {len(texts.vectors_ND)}), not {tuple(phi.shape)}")
-        if image_ids is not None and (texts.ids_N is None or image_ids.dim() != 2 or len(image_ids) != images):
-            raise ValueError("image_text_ids must have one row an image, and need text_ids beside them")
-        if owner is None and images != n:
-            raise ValueError(f"{n} texts for {images} images need text_owner to say which belongs to which")
-        if owner is not None and (len(owner) != n or not bool(((owner >= 0) & (owner < images)).all())):
-            raise ValueError(f"text_owner must give one of {images} images for each of {n} texts")
-        columns = torch.arange(phi.shape[1], device=phi.device)
-        ids = None if texts.ids_N is None else _Values(*torch.unique(texts.ids_N, return_inverse=True))
-        own = _table(columns[texts.own], owner, images)
-        true = None
-        if texts.ids_N is not None:
-            true = _table(texts.ids_N[texts.own], owner, images)
-            true = true if image_ids is None else torch.cat([true, image_ids], dim=1)
-        return _Pairs(own, true, others, _Values(columns, columns), ids)
-
-    def masks(self, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """Which pairs of these rows are targets, and which are left out (None: no pair)."""
-        own = self.columns.found_in(self.own_bK[rows])
-        if self.true_bK is None or self.ids is None:
-            return own, None
-        true = self.ids.found_in(self.true_bK[rows])
-        return (own | true, None) if self.others == "target" else (own, true & ~own)
-
-
-def _table(values_n: Tensor, owner_n: Tensor | None, images: int) -> Tensor:
-    """(images, K): the values of each image's texts, padded with -1."""
-    if owner_n is None:
-        return values_n.unsqueeze(1)
-    order = torch.argsort(owner_n, stable=True)
-    counts = torch.bincount(owner_n, minlength=images)
-    first = torch.cumsum(counts, 0) - counts
-    place = torch.arange(len(order), device=order.device) - first[owner_n[order]]
-    table = values_n.new_full((images, int(counts.max())), -1)
-    table[owner_n[order], place] = values_n[order]
-    return table
-
-
-@dataclass(frozen=True)
-class _Values:
-    """One integer for each of N columns, as the U different ones in ascending order and the place of each column's."""
-
-    different_U: Tensor
-    places_N: Tensor
-
-    def found_in(self, table_bK: Tensor) -> Tensor:
-        """(b, N): whether the column's value stands in the row's table. Work and memory are O(b (K log U + N))."""
-        place_bK = torch.searchsorted(self.different_U, table_bK).clamp_(max=len(self.different_U) - 1)
-        known_bK = self.different_U[place_bK] == table_bK
-        found_bU = torch.zeros(len(table_bK), len(self.different_U), dtype=torch.uint8, device=table_bK.device)
-        found_bU.scatter_reduce_(1, place_bK, known_bK.to(torch.uint8), "amax")
-        return found_bU.bool()[:, self.places_N]
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -289,7 +198,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, phi_bN: Tensor, scale: Tensor, pairs: _Pairs, smoothing: float, group: ProcessGroup | None
+        ctx: Any, phi_bN: Tensor, scale: Tensor, pairs: Pairs, smoothing: float, group: ProcessGroup | None
     ) -> Tensor:
         rows = _Sums.of_rows(phi_bN, scale, pairs)
         columns = _Sums.of_columns(phi_bN, scale, pairs, group)
@@ -297,7 +206,7 @@ class _CrossEntropy(torch.autograd.Function):
         has_text = rows.targets > 0
         row_terms = torch.where(has_text, rows.terms(smoothing), 0.0)
         totals = torch.stack([row_terms.sum(), has_text.to(phi_bN.dtype).sum()])
-        _all_reduce(totals, ReduceOp.SUM, group)
+        all_reduce(totals, ReduceOp.SUM, group)
         images = totals[1]
         row_weights = 0.5 / images * has_text
         column_weights = torch.full_like(columns.targets, 0.5 / phi_bN.shape[1])
@@ -305,7 +214,7 @@ class _CrossEntropy(torch.autograd.Function):
         if any(ctx.needs_input_grad[:2]):
             grads = _gradient(phi_bN, scale, pairs, smoothing, (rows, row_weights), (columns, column_weights))
             # Not by save_for_backward: backward scales them in place, for the table is large and nobody else's.
-            ctx.grads, ctx.world_size = grads, _world_size(group)
+            ctx.grads, ctx.world_size = grads, world_size(group)
         return loss
 
     @staticmethod
@@ -339,7 +248,7 @@ class _Sums:
         return hard - smoothing * self.included_sum / self.included
 
     @staticmethod
-    def of_rows(phi_bN: Tensor, scale: Tensor, pairs: _Pairs) -> "_Sums":
+    def of_rows(phi_bN: Tensor, scale: Tensor, pairs: Pairs) -> "_Sums":
         parts = []
         for rows in _row_blocks(phi_bN):
             logits, target, left_out = _logits(phi_bN, scale, pairs, rows)
@@ -348,25 +257,25 @@ class _Sums:
         return _Sums(*torch.cat(parts, dim=1))
 
     @staticmethod
-    def of_columns(phi_bN: Tensor, scale: Tensor, pairs: _Pairs, group: ProcessGroup | None) -> "_Sums":
+    def of_columns(phi_bN: Tensor, scale: Tensor, pairs: Pairs, group: ProcessGroup | None) -> "_Sums":
         highest = phi_bN.new_full((phi_bN.shape[1],), float("-inf"))
         for rows in _row_blocks(phi_bN):
             logits, _, left_out = _logits(phi_bN, scale, pairs, rows)
             highest = torch.maximum(highest, _without(logits, left_out, float("-inf")).amax(0))
-        _all_reduce(highest, ReduceOp.MAX, group)
+        all_reduce(highest, ReduceOp.MAX, group)
         sums = phi_bN.new_zeros(5, phi_bN.shape[1])
         for rows in _row_blocks(phi_bN):
             logits, target, left_out = _logits(phi_bN, scale, pairs, rows)
             exponentials = (_without(logits, left_out, float("-inf")) - highest).exp_().sum(0)
             sums += torch.stack([exponentials, *_linear_sums(logits, target, left_out, 0)])
-        _all_reduce(sums, ReduceOp.SUM, group)
+        all_reduce(sums, ReduceOp.SUM, group)
         return _Sums(highest + sums[0].log(), *sums[1:])
 
 
 def _gradient(
     phi_bN: Tensor,
     scale: Tensor,
-    pairs: _Pairs,
+    pairs: Pairs,
     smoothing: float,
     rows_and_weights: tuple[_Sums, Tensor],
     columns_and_weights: tuple[_Sums, Tensor],
@@ -400,7 +309,7 @@ def _row_blocks(phi_bN: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, len(phi_bN)))
 
 
-def _logits(phi_bN: Tensor, scale: Tensor, pairs: _Pairs, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+def _logits(phi_bN: Tensor, scale: Tensor, pairs: Pairs, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
     return phi_bN[rows] * scale, *pairs.masks(rows)
 
 
@@ -414,66 +323,3 @@ def _linear_sums(logits: Tensor, target: Tensor, left_out: Tensor | None, axis: 
     zeroed = _without(logits, left_out, 0.0)
     targets = target.sum(axis).to(logits.dtype), (target * logits).sum(axis)
     return *targets, kept.sum(axis).to(logits.dtype), zeroed.sum(axis)
-
-
-class _Gather(torch.autograd.Function):
-    """Concatenation over ranks; the gradient is summed over ranks and each keeps its part."""
-
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
-        ctx.counts, ctx.group = counts, group
-        return _gather(local, counts, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _reduce_scatter(grads[0], ctx.counts, ctx.group), None, None
-
-
-def _gather(local: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
-    """(sum of counts, ...) from (own count, ...). Ranks with fewer rows than the longest send padding."""
-    if len(counts) == 1:
-        return local.clone()
-    longest = max(counts)
-    padded = local.new_zeros(longest, *local.shape[1:])
-    padded[: len(local)] = local
-    everything = local.new_empty(len(counts) * longest, *local.shape[1:])
-    getattr(distributed, _ALL_GATHER)(everything, padded, group=group)
-    parts = everything.view(len(counts), longest, *local.shape[1:])
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-
-def _reduce_scatter(everything: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
-    """The adjoint of :func:`_gather`."""
-    if len(counts) == 1:
-        return everything.clone()
-    longest = max(counts)
-    padded = everything.new_zeros(len(counts), longest, *everything.shape[1:])
-    for rank, part in enumerate(everything.split(counts)):
-        padded[rank, : len(part)] = part
-    own = everything.new_empty(longest, *everything.shape[1:])
-    getattr(distributed, _REDUCE_SCATTER)(own, padded.flatten(0, 1), group=group)
-    return own[: counts[distributed.get_rank(group)]]
-
-
-def _counts(texts: Tensor, group: ProcessGroup | None) -> list[int]:
-    """How many texts each rank has."""
-    if _world_size(group) == 1:
-        return [len(texts)]
-    own = torch.tensor([len(texts)], device=texts.device)
-    counts = own.new_empty(_world_size(group))
-    getattr(distributed, _ALL_GATHER)(counts, own, group=group)
-    return counts.tolist()
-
-
-def _all_reduce(values: Tensor, operation: Any, group: ProcessGroup | None) -> None:
-    if _world_size(group) > 1:
-        distributed.all_reduce(values, op=operation, group=group)
-
-
-def _world_size(group: ProcessGroup | None) -> int:
-    return distributed.get_world_size(group) if distributed.is_initialized() else 1
-
-
-def _rank(group: ProcessGroup | None) -> int:
-    return distributed.get_rank(group) if distributed.is_initialized() else 0

@@ -15,7 +15,8 @@ from torch import Tensor
 from pacl_scale.data.batch import PairBatch
 from pacl_scale.encoders import TextEncoder, VisionEncoder
 from pacl_scale.encoders.vit import FrozenViT
-from pacl_scale.loss import GlobalTexts, PACLLoss
+from pacl_scale.loss import PACLLoss
+from pacl_scale.pairs import GlobalTexts
 from pacl_scale.similarity import attention_entropy
 
 

@@ -84,9 +84,12 @@ def our_threads() -> list[str]:
 
 
 @pytest.mark.s3
-def test_closing_does_not_wait_for_a_store_that_hangs(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("own_process", [False, True])
+def test_closing_does_not_wait_for_a_store_that_hangs(
+    bucket: str, own_process: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hanging = ReadConfig(chunk_samples=4, window_chunks=5, read_ahead_mb=1, fetch_threads=2, timeout_s=4.0)
-    stream = open_stream(config(bucket, read=hanging), 6)
+    stream = open_stream(config(bucket, read=hanging, own_process=own_process), 6)
     with Silence() as silence:
         monkeypatch.setenv("AWS_ENDPOINT_URL", silence.endpoint)
         failures: list[BaseException] = []
@@ -113,17 +116,18 @@ def test_closing_does_not_wait_for_a_store_that_hangs(bucket: str, monkeypatch: 
 
 
 HANGING = """
-import signal, sys, time
+import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, sys.argv[2])
 from test_data_stream import READ, config, open_stream
 def hang(*_):
-    print("going", flush=True)
+    # In one piece: several threads come by.
+    os.write(1, b"going\\n")
     time.sleep(600)
 with open_stream(config(sys.argv[1]), 6) as stream:
     for _ in stream:
         if sys.argv[3] == "error":
-            print("going", flush=True)
+            os.write(1, b"going\\n")
             raise RuntimeError("on purpose")
         stream._running._readers[0]._client.get = hang
 """

@@ -14,11 +14,14 @@ from pacl_scale.errors import EXIT_USER_ERROR, UserError
 RANK_PROGRAM = """
 import os, sys
 from pathlib import Path
+import torch
 from pacl_scale import distributed
 from pacl_scale.distributed import DistributedConfig
 
 with distributed.joined(DistributedConfig(device="cpu")) as world:
     Path(sys.argv[1], f"{world.rank}-of-{world.size}").touch()
+    # One that left while the other was still connecting to it would fail that one.
+    torch.distributed.barrier()
     if len(sys.argv) > 2 and world.rank == 1:
         os._exit(int(sys.argv[2]))
 """

@@ -11,6 +11,7 @@ from ranks import run_ranks
 from torch import Tensor, distributed
 from torch.nn import functional
 
+from pacl_scale import collectives
 from pacl_scale import loss as loss_module
 from pacl_scale.distributed import World
 from pacl_scale.loss import LogitScale, LossConfig, PACLLoss
@@ -206,7 +207,7 @@ def bytes_of_a_step(world: World, trainable_texts: bool) -> dict[str, int]:
 
         return call
 
-    gather, scatter = loss_module._ALL_GATHER, loss_module._REDUCE_SCATTER
+    gather, scatter = collectives.ALL_GATHER, collectives.REDUCE_SCATTER
     wrapped = {gather: counting(gather, 0), scatter: counting(scatter, 1), "all_reduce": counting("all_reduce", 0)}
     mine = part(make(), CUTS[world.size][0], world.rank)
     texts = mine["texts"].float().requires_grad_(trainable_texts)
