@@ -207,6 +207,16 @@ def ignored_signals(child: psutil.Process) -> str:
     return "ignored" if mask >> (signal.SIGUSR1 - 1) & 1 else ""
 
 
+def test_modules_are_found_where_the_rank_finds_them(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among installed packages lie some that are named as Python's own modules."""
+    (tmp_path / "dataclasses.py").write_text("raise RuntimeError('not this one')")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    with open_stream(own(pairs), 4) as stream:
+        assert len(next(iter(stream))) == 4
+
+
 GOING = """
 import sys, time
 sys.path.insert(0, sys.argv[2])

@@ -1,11 +1,10 @@
-"""The process that loads a rank's data, see :mod:`pacl_scale.data.own_process`; started as ``-m`` with a socket."""
+"""The process that loads a rank's data, see :mod:`pacl_scale.data.own_process`."""
 
 import itertools
 import mmap
 import os
 import pickle
 import socket
-import sys
 import threading
 import traceback
 from collections import Counter
@@ -155,5 +154,6 @@ def sendable(error: BaseException) -> BaseException:
         return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-if __name__ == "__main__":
-    Loader(int(sys.argv[1])).work()
+def main(descriptor: int) -> None:
+    """The process's life; its end of the socket is ``descriptor``."""
+    Loader(descriptor).work()

@@ -7,6 +7,7 @@ GPU has its pictures loaded next door. Pixels come through memory that both proc
 Only the two ends of one socket speak to each other. Whichever process ends, the other learns of it by that.
 """
 
+import json
 import mmap
 import os
 import pickle
@@ -21,7 +22,6 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,8 +38,13 @@ if TYPE_CHECKING:
 IGNORED = "HUP INT TERM USR1 USR2"
 """Signals that launchers send to every process of a job; only the rank itself answers them."""
 
-LOADER = "pacl_scale.data.loader"
-"""The other end of the socket."""
+BEGIN = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from pacl_scale.data.loader import main
+main(int(sys.argv[2]))
+"""
+"""Modules are looked for where the rank finds them, in that order: PYTHONPATH would come before Python's own."""
 
 CLOSING_S = 1.0
 """Seconds for the process to end by itself."""
@@ -214,19 +219,12 @@ class OwnProcessRun:
 
 def _start(descriptor: int) -> "subprocess.Popen[bytes]":
     """Start the process; it finds its end of the socket under ``descriptor``."""
-    import pacl_scale
-
-    package = str(Path(pacl_scale.__file__).parents[1])
-    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    words = [sys.executable, "-c", BEGIN, json.dumps(sys.path), str(descriptor)]
     # Signals are to be ignored from its first moment on, and that is what survives exec.
-    words = ["sh", "-c", f'trap "" {IGNORED}; exec "$@"', "sh", sys.executable, "-m", LOADER, str(descriptor)]
-    return subprocess.Popen(
-        words,
-        pass_fds=[descriptor],
-        stdin=subprocess.DEVNULL,
-        # It has no business on a GPU.
-        env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-    )
+    words = ["sh", "-c", f'trap "" {IGNORED}; exec "$@"', "sh", *words]
+    # It has no business on a GPU.
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(words, pass_fds=[descriptor], stdin=subprocess.DEVNULL, env=environment)
 
 
 def ended(status: int) -> str:
