@@ -11,6 +11,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+IS_INSTALLED = CHECKOUT.name in ("site-packages", "dist-packages")
+"""Whether that is where Python looks anyway. In front of Python's own modules it must not be: other packages there are
+named as some of those are (``dataclasses``)."""
 
 
 def start(module: str, function: str) -> tuple[subprocess.Popen[bytes], Connection]:
@@ -32,5 +35,5 @@ def start(module: str, function: str) -> tuple[subprocess.Popen[bytes], Connecti
 
 def environment() -> dict[str, str]:
     """This process's, in which Python finds what it finds here."""
-    places = [str(CHECKOUT), *os.environ.get("PYTHONPATH", "").split(os.pathsep), *sys.path]
+    places = [*os.environ.get("PYTHONPATH", "").split(os.pathsep), *sys.path, str(CHECKOUT)]
     return os.environ | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, places)))}

@@ -14,11 +14,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from data_prep.beside import CHECKOUT, IS_INSTALLED
 from pacl_scale import storage
 from pacl_scale.errors import EXIT_REQUEUE, UserError
 from pacl_scale.submit import SubmitConfig, check_partition
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+FIND_CHECKOUT = f" PYTHONPATH={shlex.quote(str(CHECKOUT))}${{PYTHONPATH:+:$PYTHONPATH}}"
 
 
 @dataclass
@@ -163,7 +164,7 @@ def executor_for(settings: SlurmConfig, what: str, after: str | None = None) -> 
         srun_args=[f"--cpus-per-task={settings.cpus_per_task}"] if settings.cpus_per_task else [],
         setup=[
             *settings.setup,
-            f"export PYTHONUNBUFFERED=1 PYTHONPATH={shlex.quote(str(CHECKOUT))}${{PYTHONPATH:+:$PYTHONPATH}}",
+            f"export PYTHONUNBUFFERED=1{'' if IS_INSTALLED else FIND_CHECKOUT}",
         ],
         teardown=[
             "status=$?",

@@ -4,12 +4,15 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from web_farm import POISON, WebFarm
 
+from data_prep import beside
 from data_prep.causes import cause_of
 from data_prep.decoder import Neighbour, WatchedResizer
 from data_prep.download import main
@@ -84,3 +87,12 @@ def test_poisonous_pictures_have_a_state(tmp_path: Path, monkeypatch: pytest.Mon
         assert main(words) == 0
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert (report["got"], report["failures"]) == (3, {"decoder": 2, "http_404": 1})
+
+
+def test_a_process_beside_finds_pythons_own_modules_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among installed packages, and the checkout may be one, lie some of the same names."""
+    (tmp_path / "dataclasses.py").write_text("raise RuntimeError('not this one')")
+    monkeypatch.setattr(beside, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    words = [sys.executable, "-c", "import dataclasses"]
+    assert subprocess.run(words, env=beside.environment(), cwd=tmp_path.parent).returncode == 0
