@@ -14,6 +14,7 @@ from open_clip.transform import image_transform
 from PIL import Image
 
 from pacl_scale.data.decode import BadPicture, PictureConfig, _resize_with_pillow, decode, normalise, resizer
+from pacl_scale.data.resize import resize
 from pacl_scale.encoders.vision import Preprocess
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -72,16 +73,15 @@ def test_the_compiled_resize_is_pillows_to_the_last_bit(
     source: tuple[int, int], beyond: tuple[int, int], size: int, interpolation: str, data: st.DataObject
 ) -> None:
     """Up and down, and any square of the result. Black and white reach furthest beyond 8 bits between the passes."""
-    compiled = pytest.importorskip("pacl_scale.data.resize").resize
     height, width = size + beyond[0], size + beyond[1]
     top, left = (data.draw(st.integers(0, most)) for most in beyond)
     levels = data.draw(st.sampled_from([2, 256]))
     pixels = np.random.default_rng(0).integers(0, levels, (*source, 3), dtype=np.uint8) * (255 // (levels - 1))
     wanted = _resize_with_pillow(pixels, height, width, top, left, size, interpolation)
-    assert np.array_equal(compiled(pixels, height, width, top, left, size, interpolation), wanted)
+    assert np.array_equal(resize(pixels, height, width, top, left, size, interpolation), wanted)
     crop = pixels[source[0] // 3 :, source[1] // 3 :]
     wanted = _resize_with_pillow(np.ascontiguousarray(crop), height, width, top, left, size, interpolation)
-    assert np.array_equal(compiled(crop, height, width, top, left, size, interpolation), wanted)
+    assert np.array_equal(resize(crop, height, width, top, left, size, interpolation), wanted)
 
 
 def test_pillow_resizes_where_numba_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

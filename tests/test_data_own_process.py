@@ -150,7 +150,12 @@ def test_an_error_that_cannot_be_sent_becomes_its_sentence() -> None:
 
 @pytest.mark.parametrize(
     ("status", "words"),
-    [(-9, "was ended by SIGKILL, as when memory runs out"), (-11, "was ended by SIGSEGV"), (3, "ended with status 3")],
+    [
+        (-9, "was ended by SIGKILL, as when memory runs out"),
+        (-7, "was ended by SIGBUS, as when memory runs out"),
+        (-11, "was ended by SIGSEGV"),
+        (3, "ended with status 3"),
+    ],
 )
 def test_how_a_process_ended_is_said(status: int, words: str) -> None:
     assert ended(status) == words

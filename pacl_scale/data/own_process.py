@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from pacl_scale.data.batch import PairBatch
-from pacl_scale.data.run import CLOSED, FORKED
+from pacl_scale.data.run import Handed, take_next
 from pacl_scale.errors import RunFailed
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class OwnProcessRun:
         self._process = os.getpid()
         self._blocks: dict[int, mmap.mmap] = {}
         self._unused: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._batches: queue.SimpleQueue[PairBatch | BaseException | None] = queue.SimpleQueue()
+        self._batches: queue.SimpleQueue[Handed] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._socket, theirs = socket.socketpair()
         with theirs:
@@ -134,13 +134,7 @@ class OwnProcessRun:
         Raises:
             RunFailed: the process ended.
         """
-        if not self.is_of_this_process:
-            raise RuntimeError(FORKED)
-        item = self._batches.get()
-        if self._closing.is_set():
-            raise RuntimeError(CLOSED)
-        if isinstance(item, BaseException):
-            raise item
+        batch = take_next(self._batches, self._closing, self._process)
         unused = []
         with suppress(queue.Empty):
             while True:
@@ -148,7 +142,7 @@ class OwnProcessRun:
         # It may have ended after its last batch.
         with suppress(OSError):
             self._send(unused)
-        return item
+        return batch
 
     def close(self) -> None:
         """End the process, and wait for it."""
@@ -231,5 +225,6 @@ def ended(status: int) -> str:
     """How a process ended, as the end of a sentence."""
     if status >= 0:
         return f"ended with status {status}"
-    hint = ", as when memory runs out" if status == -signal.SIGKILL else ""
+    # Shared memory that cannot be had, for the container allows no more, shows as a bus error.
+    hint = ", as when memory runs out" if -status in (signal.SIGKILL, signal.SIGBUS) else ""
     return f"was ended by {signal.Signals(-status).name}{hint}"

@@ -231,7 +231,7 @@ class ReadAhead:
             self.held -= size
 
     def _plan_batch(self) -> bool:
-        """ReadPlan one more batch; False after the last."""
+        """Plan one more batch; False after the last."""
         reads = next(self._reads, None)
         if reads is None:
             return False

@@ -22,8 +22,29 @@ if TYPE_CHECKING:
 SAMPLES_A_TASK = 8
 """Samples that a decode thread takes at a time: enough that handing them out costs nothing."""
 
+Handed = PairBatch | BaseException | None
+"""What threads hand to whoever iterates: a batch, what went wrong, or the end."""
+
 FORKED = "the stream was being iterated when this process was forked; iterate it anew"
 CLOSED = "the stream was closed or moved while it was iterated; iterate it anew"
+
+
+def take_next(
+    batches: "queue.Queue[Handed] | queue.SimpleQueue[Handed]", closing: threading.Event, process: int
+) -> PairBatch | None:
+    """What an iteration that began in ``process`` hands out next; None after the last batch.
+
+    Raises:
+        RuntimeError: it was closed, or this is another process. What went wrong in the iteration is raised as it is.
+    """
+    if process != os.getpid():
+        raise RuntimeError(FORKED)
+    item = batches.get()
+    if closing.is_set():
+        raise RuntimeError(CLOSED)
+    if isinstance(item, BaseException):
+        raise item
+    return item
 
 
 class Run:
@@ -40,21 +61,14 @@ class Run:
         threads = config.decode_threads or torch.get_num_threads()
         self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._process = os.getpid()
-        self._batches: queue.Queue[PairBatch | BaseException | None] = queue.Queue(config.prefetch_batches)
+        self._batches: queue.Queue[Handed] = queue.Queue(config.prefetch_batches)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="batches", daemon=True)
         self._thread.start()
 
     def next(self) -> PairBatch | None:
         """The next batch; None after the last. Raises what went wrong in a thread, RuntimeError after the end."""
-        if not self.is_of_this_process:
-            raise RuntimeError(FORKED)
-        item = self._batches.get()
-        if self._closing.is_set():
-            raise RuntimeError(CLOSED)
-        if isinstance(item, BaseException):
-            raise item
-        return item
+        return take_next(self._batches, self._closing, self._process)
 
     def close(self) -> None:
         """Stop and wait for the threads to end, but not for reads that hang."""
@@ -94,7 +108,7 @@ class Run:
             # Whatever it is, the consumer has to learn of it rather than wait for ever.
             self._hand_over(error)
 
-    def _hand_over(self, item: PairBatch | BaseException | None) -> None:
+    def _hand_over(self, item: Handed) -> None:
         while not self._closing.is_set():
             try:
                 self._batches.put(item, timeout=0.1)

@@ -146,8 +146,10 @@ class Visit:
         scores = self.answer.at(*self.pointer) if self.answer is not None and self.pointer is not None else []
         said = "Here: " + ", ".join(f"{word} {score:.2f}" for word, score in scores[:SCORES])
         self.parts["hover"].set_text(said if scores else HINT)
-        shown = self.marked and self.sheet is not None and self.pointer is not None
-        self.parts["stage"].set_content(_ring(self.pointer, self.sheet.picture.size) if shown else "")  # type: ignore
+        ring = ""
+        if self.marked and self.sheet is not None and self.pointer is not None:
+            ring = _ring(self.pointer, self.sheet.picture.size)
+        self.parts["stage"].set_content(ring)
 
     def _offer(self, answer: Answer) -> None:
         """Let the controls offer what the answer holds."""
