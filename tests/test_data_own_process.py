@@ -228,6 +228,8 @@ sys.path.insert(0, sys.argv[2])
 from test_data_own_process import own, open_stream, loaders
 with open_stream(own(sys.argv[1]), 6) as stream:
     for _ in stream:
+        # By then it has made all that it may, and waits to be asked for more.
+        time.sleep(1.5)
         print(loaders()[0].pid, flush=True)
         if sys.argv[3] == "error":
             raise RuntimeError("on purpose")

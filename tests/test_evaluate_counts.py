@@ -58,6 +58,16 @@ def test_boundary_counts_are_those_of_a_loop(truth: np.ndarray, predicted: np.nd
     np.testing.assert_array_equal(boundary_counts(truth, predicted, C, share), expected)
 
 
+@pytest.mark.parametrize("distance", [1, 2])
+def test_bands_of_single_edges_and_pixels_are_those_of_a_loop(distance: int) -> None:
+    """Where nearly everything is one label, one pixel too few or too many shows."""
+    rows, columns = np.mgrid[:9, :12]
+    shapes = [columns < edge for edge in range(1, 12)] + [rows < edge for edge in range(1, 9)]
+    shapes += [(rows == y) & (columns == x) for y, x in np.ndindex(9, 12)]
+    for labels in (shape.astype(np.int64) for shape in shapes):
+        np.testing.assert_array_equal(band(labels, distance), naive_band(labels, distance))
+
+
 def test_boundary_iou_sees_a_shifted_outline_that_iou_forgives() -> None:
     truth = np.zeros((100, 100), np.int64)
     truth[20:80, 20:80] = 1

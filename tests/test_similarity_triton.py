@@ -57,6 +57,12 @@ for (B, T, N, D), pooling, scale, masked, dtype in cases:
     worst[f"scale {dtype}"] = max(worst.get(f"scale {dtype}", 0.0), error) if error == error else float("inf")
 extreme = run([torch.randn(1, 20, 16), torch.randn(9, 16), torch.randn(1, 9), 100.0], "triton", torch.float32)
 assert all(x.isfinite().all() for x in extreme), "not finite at scale 100"
+# A patch just shorter than the floor was divided by a constant: what lies along it counts.
+short = torch.randn(2, 6, 8)
+short[0, 0] *= 0.9e-6 / short[0, 0].norm()
+inputs = [short, torch.randn(5, 8), torch.randn(2, 5), 3.0]
+found, true = (run(inputs, b, d)[1][0, 0].double() for b, d in (("triton", torch.float32), ("eager", torch.float64)))
+assert (found - true).abs().max() < 1e-4 * true.abs().max(), (found, true)
 print(json.dumps(worst))
 """
 
